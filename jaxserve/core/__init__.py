@@ -1,0 +1,1 @@
+"""Plain data and rules that both planes share: stdlib and numpy only, no jax, no I/O, no threads."""

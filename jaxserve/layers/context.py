@@ -1,0 +1,36 @@
+"""What every layer of one step shares: positions, rows, page tables and the attention work, as one pytree.
+
+Built inside the compiled forward from the packed step input; layers only read it. Padding tokens have row R (one
+past the last row), so that every scatter by row or page drops them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.struct
+from jax import Array
+
+from kernels_pallas.work import AttentionWork
+
+
+class LayerKv(NamedTuple):
+    """Keys and values of one layer, paged."""
+
+    k_PKSH: Array
+    v_PKSH: Array
+
+
+@flax.struct.dataclass
+class StepContext:
+    """Attributes:
+    position_T: position of each token in its sequence, 0 for padding.
+    row_T: device row of each token, R for padding.
+    page_RM: for each KV group, the page table of all rows.
+    work: attention work items, planned on the host, shared by all layers.
+    """
+
+    position_T: Array
+    row_T: Array
+    page_RM: tuple[Array, ...]
+    work: AttentionWork
