@@ -122,6 +122,7 @@ class EngineInfo:
     page_size: int
     page_count: int
     dtype: str
+    row_count: int = 0               # sequences that run at once
     cache_config: dict[str, str] = field(default_factory=dict)   # labels of vllm:cache_config_info
 
 

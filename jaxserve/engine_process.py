@@ -1,0 +1,129 @@
+"""The engine process: takes sequences from the channel, turns the engine's loop, sends what each step gave.
+
+`python -m jaxserve.engine_process FD`, started by `jaxserve.supervisor` with its end of the socket pair as FD.
+Three threads: this one turns the loop and alone touches the engine, one reads the channel, one writes it; so neither
+a slow reader nor a long decode of a frame delays a step. Exits 0 when told to or when the API process is gone, 1
+after it has said why in a `Failed` frame.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from jaxserve.core.errors import CapacityError, ConfigError, JaxserveError, ModelError
+from jaxserve.core.request import EngineRequest, SequenceOutput
+from jaxserve.engine.channel import Abort, EngineEnd, Failed, Outputs, Serving, Shutdown, Start, Status, Submit, Up
+from jaxserve.launch import LocalEngine, build_engine
+from jaxserve.logs import configure_logging
+from jaxserve.progress import ConsoleProgress
+
+logger = logging.getLogger("jaxserve.engine")
+
+BEAT_S = 1.0   # an engine without outputs says it is alive this often
+
+_GONE = object()
+
+
+def main() -> int:
+    """Runs one engine until told to stop. Returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)   # the API process decides when to stop: it drains first
+    channel = EngineEnd(socket.socket(fileno=int(sys.argv[1])))
+    start = channel.receive()
+    if not isinstance(start, Start):
+        return 0
+    configure_logging(start.log_level)
+    outbox: queue.SimpleQueue[Up | None] = queue.SimpleQueue()
+    writer = threading.Thread(target=_write, args=(channel, outbox), name="channel-writer", daemon=True)
+    writer.start()
+    status = 0
+    try:
+        _serve(channel, start, outbox)
+    except JaxserveError as error:
+        outbox.put(Failed(str(error), is_users=isinstance(error, (ConfigError, ModelError, CapacityError))))
+        status = 1
+    except Exception as error:
+        logger.exception("the engine failed")
+        outbox.put(Failed(f"{type(error).__name__}: {error}"))
+        status = 1
+    outbox.put(None)
+    writer.join(timeout=5)
+    return status
+
+
+def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None]) -> None:
+    progress = ConsoleProgress(on_phase=lambda name, detail: outbox.put(Status(name, detail)))  # type: ignore[arg-type]
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
+    engine = build_engine(start.config, progress=progress)
+    try:
+        outbox.put(Serving(engine.info, str(engine.folder)))
+        outbox.put(Status("serving"))
+        engine.compile_rest(on_ready=lambda: outbox.put(Status("ready")))
+        gc.collect()
+        gc.freeze()   # what start-up made lives as long as the process: no later collection walks it
+        _turn(engine, inbox, outbox)
+    finally:
+        engine.close()
+
+
+def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.SimpleQueue[Up | None]) -> None:
+    """Steps while there is work, waits for the channel while there is none; returns when told to stop."""
+    loop = engine.loop
+    told_s = 0.0
+    while True:
+        outputs: list[SequenceOutput] = []
+        is_idle = not loop.has_work
+        try:
+            message = inbox.get(timeout=BEAT_S) if is_idle else inbox.get_nowait()
+            while True:
+                if message is _GONE or isinstance(message, Shutdown):
+                    return
+                if isinstance(message, Submit):
+                    for request in message.requests:
+                        _add(engine, request, outputs)
+                elif isinstance(message, Abort):
+                    loop.abort(message.request_ids)
+                message = inbox.get_nowait()
+        except queue.Empty:
+            pass
+        if loop.has_work:
+            outputs += loop.step()
+        now_s = time.monotonic()
+        if outputs or now_s - told_s >= BEAT_S:
+            outbox.put(Outputs(tuple(outputs), engine.stats))
+            told_s = now_s
+
+
+def _add(engine: LocalEngine, request: EngineRequest, outputs: list[SequenceOutput]) -> None:
+    try:
+        engine.loop.add(request)
+    except JaxserveError as error:
+        outputs.append(SequenceOutput(request_id=request.request_id, finish_reason="error", error=str(error)))
+
+
+def _read(channel: EngineEnd, inbox: queue.SimpleQueue[object]) -> None:
+    try:
+        while (message := channel.receive()) is not None:
+            inbox.put(message)
+    finally:
+        inbox.put(_GONE)
+
+
+def _write(channel: EngineEnd, outbox: queue.SimpleQueue[Up | None]) -> None:
+    while (message := outbox.get()) is not None:
+        try:
+            channel.send(message)
+        except OSError:
+            return   # the API process is gone; the reader thread has noticed, too
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""`python -m jaxserve.serve`: flags and YAML to a server. The API process: HTTP and text; no jax here.
+
+Order matters for the first second: flags (light), the port (so that a taken one is an error at once), the engine
+process (it imports jax meanwhile), then HTTP, which answers /health while the engine starts, then text.
+Exit status: 0 after a stop that was asked for, 1 when the engine cannot be had, 2 for a wrong flag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxserve.core.config import ServeConfig
+from jaxserve.core.errors import ConfigError, JaxserveError
+from jaxserve.flags import parse_serve_args
+from jaxserve.logs import configure_logging
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from jaxserve.engine.async_engine import AsyncEngine
+    from jaxserve.server.app import ServerState
+    from jaxserve.supervisor import Supervisor
+
+logger = logging.getLogger("jaxserve.serve")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a server until a signal or a fatal error. Returns the exit status."""
+    try:
+        config = parse_serve_args(sys.argv[1:] if argv is None else argv)
+        sock = _bind(config)
+    except ConfigError as error:
+        print(f"jaxserve: error: {error}", file=sys.stderr)
+        return 2
+    configure_logging(config.frontend.log_level)
+    try:
+        import uvloop
+    except ImportError:   # not on every platform; asyncio's own loop serves as well, slower
+        return asyncio.run(_serve(config, sock))
+    return uvloop.run(_serve(config, sock))
+
+
+def _bind(config: ServeConfig) -> socket.socket:
+    """The listening socket. Raises ConfigError naming the address when it cannot be had."""
+    frontend = config.frontend
+    if frontend.uds is not None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        address: object = frontend.uds
+    else:
+        family = socket.AF_INET6 if ":" in frontend.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        address = (frontend.host, frontend.port)
+    try:
+        sock.bind(address)  # type: ignore[arg-type]
+        sock.listen(2048)
+    except (OSError, OverflowError) as error:
+        where = f"--uds {frontend.uds}" if frontend.uds is not None else f"--host {frontend.host} --port {frontend.port}"
+        raise ConfigError(f"cannot listen on {where}: {error}; choose another address") from error
+    return sock
+
+
+async def _serve(config: ServeConfig, sock: socket.socket) -> int:
+    from jaxserve.engine.async_engine import AsyncEngine
+    from jaxserve.supervisor import Supervisor
+
+    engine = AsyncEngine(queue_max=config.engine.scheduler.max_num_queued_reqs)
+    supervisor = Supervisor(engine, config.engine, log_level=config.frontend.log_level)
+    channel = supervisor.spawn()
+    from jaxserve.server.app import ServerState, create_app
+
+    state = ServerState(config=config, engine=engine)
+    server = _http_server(create_app(state), config)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    tasks = [
+        asyncio.create_task(server.serve(sockets=[sock]), name="http"),
+        asyncio.create_task(supervisor.run(channel), name="engine"),
+        asyncio.create_task(_open_text(state, engine, config), name="text"),
+        asyncio.create_task(stop.wait(), name="stop"),
+    ]
+    status = 0
+    try:
+        await _until_over(tasks)
+    except JaxserveError as error:
+        print(f"jaxserve: error: {error}", file=sys.stderr)
+        status = 1
+    await _wind_down(config, state, engine, supervisor, server)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return status
+
+
+async def _until_over(tasks: list[asyncio.Task[object]]) -> None:
+    """Returns when a stop was asked for or HTTP ended; raises what any task raised."""
+    running = set(tasks)
+    while running:
+        done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        if any(task.get_name() != "text" for task in done):
+            return
+
+
+async def _open_text(state: ServerState, engine: AsyncEngine, config: ServeConfig) -> None:
+    """Once the engine says which folder it serves: the tokenizer and the text engine, off the event loop."""
+    from jaxserve.text_engine import open_text_engine
+
+    await engine.serving.wait()
+    assert engine.folder is not None
+    state.text_engine = await asyncio.to_thread(
+        open_text_engine, engine, engine.folder, config.engine.model, config.frontend.chat_template
+    )
+    scheme = "https" if config.frontend.ssl_certfile else "http"
+    where = f"unix:{config.frontend.uds}" if config.frontend.uds else f"{scheme}://{config.frontend.host}:{config.frontend.port}"
+    logger.info("serving %s on %s", ", ".join(state.served_names), where)
+
+
+def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
+    import uvicorn
+
+    frontend = config.frontend
+
+    class Server(uvicorn.Server):
+        """uvicorn without its own signal handlers: stopping drains first, see `_wind_down`."""
+
+        def capture_signals(self):  # type: ignore[no-untyped-def]
+            from contextlib import nullcontext
+
+            return nullcontext()
+
+    return Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_level="warning", access_log=False, lifespan="on", root_path=frontend.root_path,
+            ssl_keyfile=frontend.ssl_keyfile, ssl_certfile=frontend.ssl_certfile, timeout_graceful_shutdown=5,
+        )
+    )
+
+
+async def _wind_down(
+    config: ServeConfig, state: ServerState, engine: AsyncEngine, supervisor: Supervisor, server: uvicorn.Server
+) -> None:
+    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends both servers."""
+    if engine.status.phase != "dead":
+        engine.status.phase, engine.status.detail = "draining", "the server is shutting down"
+    if engine.live_count and config.frontend.shutdown_timeout > 0:
+        logger.info("finishing %d requests within %d s", engine.live_count, config.frontend.shutdown_timeout)
+        await engine.wait_idle(config.frontend.shutdown_timeout)
+    engine.abort_all("the server is shutting down")
+    await asyncio.sleep(0)
+    server.should_exit = True
+    await supervisor.stop()
+    if config.frontend.uds is not None and os.path.exists(config.frontend.uds):
+        os.unlink(config.frontend.uds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
