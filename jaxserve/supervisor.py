@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 
 from jaxserve.core.clock import ClockPort, MonotonicClock
 from jaxserve.core.config import EngineConfig
@@ -26,6 +27,7 @@ logger = logging.getLogger("jaxserve.engine")
 RESTARTS_MAX = 3             # within RESTARTS_S; then the server gives up, for its own supervisor to decide
 RESTARTS_S = 600.0
 STOP_S_MAX = 10.0            # from Shutdown to SIGKILL
+ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine_process")   # followed by the socket's number
 WATCH_EVERY_S = 1.0
 
 
@@ -36,11 +38,20 @@ class EngineGaveUpError(JaxserveError):
 class Supervisor:
     """Keeps one engine process alive behind `engine`. Mutable: owns the process."""
 
-    def __init__(self, engine: AsyncEngine, config: EngineConfig, *, log_level: str, clock: ClockPort | None = None):
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: EngineConfig,
+        *,
+        log_level: str,
+        command: Sequence[str] = ENGINE_COMMAND,
+        clock: ClockPort | None = None,
+    ) -> None:
         self.engine = engine
         self.process: subprocess.Popen[bytes] | None = None
         self._config = config
         self._log_level = log_level
+        self._command = command
         self._clock = clock or MonotonicClock()
         self._restarts_s: deque[float] = deque()
         self._is_stopping = False
@@ -48,10 +59,9 @@ class Supervisor:
     def spawn(self) -> socket.socket:
         """Starts an engine process and returns this side's socket."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "jaxserve.engine_process", str(theirs.fileno())]
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         self.process = subprocess.Popen(
-            command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment,
+            [*self._command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment,
             preexec_fn=_die_with_parent, start_new_session=True,
         )
         theirs.close()
@@ -76,7 +86,7 @@ class Supervisor:
             self.engine.status.phase, self.engine.status.detail = "starting", "again, after a failure"
             ours = self.spawn()
 
-    async def stop(self, channel_grace_s: float = STOP_S_MAX) -> None:
+    async def stop(self, grace_s: float = STOP_S_MAX) -> None:
         """Ends the engine process: asks, waits, kills."""
         self._is_stopping = True
         self.engine.send(Shutdown())
@@ -85,9 +95,9 @@ class Supervisor:
         if not self.engine.serving.is_set():
             self.process.kill()   # still starting: nothing to lose
         try:
-            await asyncio.to_thread(self.process.wait, channel_grace_s)
+            await asyncio.to_thread(self.process.wait, grace_s)
         except subprocess.TimeoutExpired:
-            logger.warning("the engine process did not stop within %.0f s: killed", channel_grace_s)
+            logger.warning("the engine process did not stop within %.0f s: killed", grace_s)
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
 

@@ -1,0 +1,115 @@
+"""The supervisor keeps one engine process alive, starts it again after a failure, gives up in the end, leaves nothing."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxserve.core.config import EngineConfig, ModelConfig
+from jaxserve.engine import async_engine
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.supervisor import RESTARTS_MAX, EngineGaveUpError, Supervisor
+
+# An engine process without an engine: serves at once, then obeys Shutdown or does what its argument says.
+FAKE = """
+import os, socket, sys, time
+from jaxserve.core.request import EngineInfo, EngineStats
+from jaxserve.engine.channel import EngineEnd, Failed, Outputs, Serving, Shutdown, Status
+mode, end = sys.argv[1], EngineEnd(socket.socket(fileno=int(sys.argv[2])))
+end.receive()
+if mode == "refuse":
+    end.send(Failed("no such model", is_users=True)); sys.exit(1)
+end.send(Serving(EngineInfo(model="m", vocab_size=8, max_model_len=8, page_size=4, page_count=2, dtype="float32"), "/f"))
+end.send(Status("ready"))
+if mode == "die":
+    os._exit(3)
+if mode == "hang":
+    time.sleep(60)
+while not isinstance(end.receive(), (Shutdown, type(None))):
+    pass
+"""
+CONFIG = EngineConfig(model=ModelConfig(model="m"))
+
+
+def _supervisor(tmp_path: Path, mode: str) -> Supervisor:
+    script = tmp_path / "fake_engine.py"
+    script.write_text(FAKE)
+    return Supervisor(AsyncEngine(), CONFIG, log_level="info", command=(sys.executable, str(script), mode))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_stop_leaves_no_process(tmp_path):
+    async def scenario() -> int:
+        supervisor = _supervisor(tmp_path, "obey")
+        task = asyncio.create_task(supervisor.run(supervisor.spawn()))
+        await asyncio.wait_for(supervisor.engine.serving.wait(), 20)
+        await supervisor.stop()
+        await asyncio.wait_for(task, 20)
+        assert supervisor.process.returncode == 0
+        return supervisor.process.pid
+
+    assert not _is_alive(asyncio.run(scenario()))
+
+
+def test_a_killed_engine_is_started_again(tmp_path):
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "obey")
+        task = asyncio.create_task(supervisor.run(supervisor.spawn()))
+        await asyncio.wait_for(supervisor.engine.serving.wait(), 20)
+        first = supervisor.process.pid
+        os.kill(first, signal.SIGKILL)
+        while supervisor.process.pid == first:
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(supervisor.engine.serving.wait(), 20)
+        assert not _is_alive(first)
+        await supervisor.stop()
+        await asyncio.wait_for(task, 20)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_keeps_dying_is_given_up_with_the_reason(tmp_path):
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "die")
+        with pytest.raises(EngineGaveUpError, match=f"failed {RESTARTS_MAX + 1} times .* ended with status 3"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 60)
+        assert supervisor.engine.status.phase == "dead"
+
+    asyncio.run(scenario())
+
+
+def test_an_error_of_the_user_is_not_tried_again(tmp_path):
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "refuse")
+        with pytest.raises(EngineGaveUpError, match="^no such model$"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
+
+    asyncio.run(scenario())
+
+
+def test_a_hung_engine_is_killed_and_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxserve.supervisor.BEAT_MISSED_S_MAX", 1.0)
+
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "hang")
+        task = asyncio.create_task(supervisor.run(supervisor.spawn()))
+        await asyncio.wait_for(supervisor.engine.serving.wait(), 20)
+        first = supervisor.process.pid
+        while supervisor.process.pid == first:
+            await asyncio.sleep(0.05)
+        assert not _is_alive(first)
+        await supervisor.stop(grace_s=0.5)
+        await asyncio.wait_for(task, 20)
+
+    assert async_engine.BEAT_MISSED_S_MAX > 60   # the real bound outlasts any step
+    asyncio.run(scenario())
