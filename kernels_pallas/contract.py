@@ -1,0 +1,93 @@
+"""The checks and the choice that all ops share: what a caller must give, and who may serve it.
+
+Knows static shapes and dtypes only, so everything here happens while tracing and costs nothing later.
+Invariant: nothing falls back in silence; a request that nobody serves is refused with the reasons of every candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas.work import AttentionWork, work_layout
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+class ContractError(ValueError):
+    """The arguments break the op's contract, whatever the implementation; the message lists every violation."""
+
+
+class NoImplementationError(NotImplementedError):
+    """No implementation (or not the one asked for) serves the request; the message has the reasons of each."""
+
+
+def require(op: str, violations: list[str]) -> None:
+    """Raises ContractError unless `violations` is empty."""
+    if violations:
+        raise ContractError(f"{op}: " + "; ".join(violations))
+
+
+def choose(op: str, asked: str | None, refusals: Mapping[str, Callable[[], list[str]]]) -> str:
+    """The implementation that serves: the one asked for, else the first of `refusals` without a reason against it."""
+    if asked is not None and asked not in refusals:
+        raise NoImplementationError(f"{op}: unknown implementation {asked!r}; there are {', '.join(refusals)}")
+    reasons = {name: refusals[name]() for name in ([asked] if asked else refusals)}
+    for name, against in reasons.items():
+        if not against:
+            return name
+    raise NoImplementationError(
+        f"{op}: no implementation serves this request. " + " ".join(f"{n}: {'; '.join(r)}." for n, r in reasons.items())
+    )
+
+
+def attention_violations(
+    q_TNH: Array,
+    k_PKSH: Array,
+    v_PKSH: Array,
+    page_RM: Array,
+    work: AttentionWork,
+    *,
+    window: int | None,
+    soft_cap: float | None,
+    sink_N: Array | None,
+) -> list[str]:
+    """What is wrong with the arguments of an attention op."""
+    if q_TNH.ndim != 3 or k_PKSH.ndim != 4 or page_RM.ndim != 2:
+        return [
+            f"q must be [T, N, H], pages [P, K, S, H], the page table [R, M]; "
+            f"got {q_TNH.shape}, {k_PKSH.shape}, {page_RM.shape}"
+        ]
+    T, N, H = q_TNH.shape
+    _, K, _, page_H = k_PKSH.shape
+    found = []
+    if v_PKSH.shape != k_PKSH.shape or v_PKSH.dtype != k_PKSH.dtype:
+        found.append(f"k and v pages must be alike, got {k_PKSH.dtype}{k_PKSH.shape} and {v_PKSH.dtype}{v_PKSH.shape}")
+    if page_H != H:
+        found.append(f"the head dimension of q is {H}, of the pages {page_H}")
+    if N % K:
+        found.append(f"{N} query heads are no multiple of {K} kv heads")
+    if page_RM.dtype != jnp.int32:
+        found.append(f"the page table must be int32, got {page_RM.dtype}")
+    layout = work_layout(T, page_RM.shape[0])
+    for name, shape in layout.items():
+        if getattr(work, name).shape != shape:
+            found.append(f"work.{name} must be {shape} for T={T}, R={page_RM.shape[0]}, got {getattr(work, name).shape}")
+    if window is not None and window < 1:
+        found.append(f"window must be None or >= 1, got {window}")
+    if soft_cap is not None and not soft_cap > 0:
+        found.append(f"soft_cap must be None or > 0, got {soft_cap}")
+    if sink_N is not None and sink_N.shape != (N,):
+        found.append(f"sinks must be one a query head, ({N},), got {sink_N.shape}")
+    return found
+
+
+def dtype_refusals(values: Array, pages_PKSH: Array) -> list[str]:
+    """Why the plain jnp and XLA forms cannot work with these dtypes."""
+    if values.dtype not in FLOATS:
+        return [f"values must be float32, bfloat16 or float16, got {values.dtype}"]
+    if pages_PKSH.dtype == values.dtype or (pages_PKSH.dtype == jnp.uint16 and values.dtype.itemsize == 2):
+        return []
+    return [f"pages of {pages_PKSH.dtype} beside values of {values.dtype} are not implemented (quantised KV)"]

@@ -1,0 +1,47 @@
+"""Writes a step's new keys or values into pages, in place on a donated pool.
+
+Contract: token t goes to slot `position % S` of page `page_RM[row, position // S]`. Tokens whose row is R (padding) or
+whose page is outside the pool are dropped. No two real tokens of a step share a slot.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas import contract
+from kernels_pallas.kv_write import reference, xla
+
+_IMPLEMENTATIONS = {"xla": xla.kv_write, "reference": reference.kv_write}
+
+
+def kv_write(
+    pages_PKSH: Array,
+    x_TKH: Array,
+    page_RM: Array,
+    row_T: Array,
+    position_T: Array,
+    *,
+    implementation: str | None = None,
+) -> Array:
+    """The pool with the tokens written.
+
+    Args:
+      pages_PKSH: the pool; uint16 holds the bits of a 16-bit float (see `storage`).
+      x_TKH: keys or values of the packed tokens, in the dtype the pool stands for.
+      implementation: "xla", "reference", or None for the first that serves the request.
+    """
+    T, K, H = x_TKH.shape
+    P, page_K, _, page_H = pages_PKSH.shape
+    violations = []
+    if (page_K, page_H) != (K, H):
+        violations.append(f"tokens have {K} heads of {H}, the pages {page_K} of {page_H}")
+    if row_T.shape != (T,) or position_T.shape != (T,):
+        violations.append(f"rows and positions must be ({T},), got {row_T.shape} and {position_T.shape}")
+    for name, array in (("page table", page_RM), ("rows", row_T), ("positions", position_T)):
+        if array.dtype != jnp.int32:
+            violations.append(f"{name} must be int32, got {array.dtype}")
+    contract.require("kv_write", violations)
+    refusals = {name: lambda: contract.dtype_refusals(x_TKH, pages_PKSH) for name in _IMPLEMENTATIONS}
+    chosen = contract.choose("kv_write", implementation, refusals)
+    return _IMPLEMENTATIONS[chosen](pages_PKSH, x_TKH, page_RM, row_T, position_T)

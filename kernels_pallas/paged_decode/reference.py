@@ -1,0 +1,33 @@
+"""The specification of decode attention: each decode slot's token is the newest position of its row."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas.reference import attend_tokens
+from kernels_pallas.storage import from_storage
+from kernels_pallas.work import AttentionWork
+
+
+def paged_decode(
+    q_TNH: Array,
+    k_PKSH: Array,
+    v_PKSH: Array,
+    page_RM: Array,
+    work: AttentionWork,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sink_N: Array | None,
+) -> Array:
+    """See `api.paged_decode`."""
+    k_PKSH, v_PKSH = from_storage(k_PKSH, q_TNH.dtype), from_storage(v_PKSH, q_TNH.dtype)
+    out_WNH = attend_tokens(
+        q_TNH[work.decode_token_W], k_PKSH, v_PKSH, page_RM, work.decode_row_W, work.decode_length_W - 1,
+        scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N,
+    )
+    slot_W = jnp.arange(work.decode_token_W.shape[0])
+    token_W = jnp.where(slot_W < work.decode_count, work.decode_token_W, q_TNH.shape[0])
+    return jnp.zeros_like(q_TNH).at[token_W].set(out_WNH, mode="drop")

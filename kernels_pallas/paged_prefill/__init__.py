@@ -1,0 +1,3 @@
+"""Chunks of query tokens over their paged context."""
+
+from kernels_pallas.paged_prefill.api import paged_prefill as paged_prefill

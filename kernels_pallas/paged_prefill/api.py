@@ -1,0 +1,48 @@
+"""Attention of a step's prefill section: chunks of query tokens, causal from any offset, over paged context.
+
+Contract: the tokens of the plan's tiles are computed, all others are zero. A token at position p sees slots [0, p] of its
+row (the newest `window` of them), never another slot, whatever that holds. Softmax in float32.
+"""
+
+from __future__ import annotations
+
+from jax import Array
+
+from kernels_pallas import contract
+from kernels_pallas.paged_prefill import reference, xla
+from kernels_pallas.work import AttentionWork
+
+_IMPLEMENTATIONS = {"xla": xla.paged_prefill, "reference": reference.paged_prefill}
+
+
+def paged_prefill(
+    q_TNH: Array,
+    k_PKSH: Array,
+    v_PKSH: Array,
+    page_RM: Array,
+    work: AttentionWork,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sink_N: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Grouped-query attention of the prefill chunks; [T, N, H] like q.
+
+    Args:
+      q_TNH: packed queries of the step.  k_PKSH, v_PKSH: the pool, the step's own keys and values already written.
+      page_RM: page of each row's slots [m * S, (m + 1) * S); entries past a row's length are never looked at.
+      window: a token sees the newest `window` positions, its own included; None sees all.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap).
+      sink_N: a logit a head that counts in the softmax's denominator and has no value.
+      implementation: "xla", "reference", or None for the first that serves the request.
+    """
+    violations = contract.attention_violations(
+        q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
+    )
+    contract.require("paged_prefill", violations)
+    refusals = {name: lambda: contract.dtype_refusals(q_TNH, k_PKSH) for name in _IMPLEMENTATIONS}
+    chosen = contract.choose("paged_prefill", implementation, refusals)
+    attend = _IMPLEMENTATIONS[chosen]
+    return attend(q_TNH, k_PKSH, v_PKSH, page_RM, work, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N)
