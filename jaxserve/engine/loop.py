@@ -1,0 +1,197 @@
+"""The engine's loop, one turn a call: plan and launch step n+1, then commit the landed step n. Mutable.
+
+It joins scheduler, committer and runner and owns the step in flight; who turns it owns the thread. It knows no text,
+no channel and no device beyond `RunnerPort`.
+Invariants: at most one step is in flight between two turns (none with `async_scheduling` off); every sequence that
+`add` took gets exactly one last output; an allocation failure costs time, never a wrong token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from jaxserve.core.clock import ClockPort
+from jaxserve.core.config import CacheConfig, SchedulerConfig
+from jaxserve.core.errors import EngineBusyError, RequestError, StepAllocationError
+from jaxserve.core.plan import PendingStep, RunnerPort, StepPlan
+from jaxserve.core.request import EngineRequest, EngineStats, SequenceOutput
+from jaxserve.engine.acceptance import check_config, check_request
+from jaxserve.engine.commit import Committer, ended_output
+from jaxserve.engine.policy import POLICIES
+from jaxserve.engine.roster import Roster
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.stats import Counters, StepTiming, snapshot
+
+logger = logging.getLogger("jaxserve.engine")
+
+FAILURES_ALONE_MAX = 3      # a sequence whose own steps ran out of memory so often ends with an error
+CALM_STEPS_MIN = 256        # landed steps after which earlier allocation failures no longer count
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step in flight with its sequences in entry order."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+    pending: PendingStep
+
+
+class EngineLoop:
+    """Turns requests into outputs, step by step. Single-threaded: one caller at a time."""
+
+    def __init__(self, runner: RunnerPort, *, config: SchedulerConfig, cache: CacheConfig, clock: ClockPort) -> None:
+        check_config(config)
+        shape = runner.shape
+        self._runner, self._shape, self._config, self._clock = runner, shape, config, clock
+        self._counters = Counters()
+        self._roster = Roster(
+            shape,
+            row_count=min(shape.row_count, config.max_num_seqs or shape.row_count),
+            enable_prefix_caching=cache.enable_prefix_caching,
+        )
+        self._scheduler = Scheduler(self._roster, self._counters)
+        self._committer = Committer(self._roster, self._counters)
+        self._rank = POLICIES[config.scheduling_policy]
+        self._arrivals = 0
+        self._in_flight: _Launched | None = None
+        self._outputs: list[SequenceOutput] = []   # of sequences that ended between two turns
+        self._failures = 0
+        self._calm_steps = 0
+        self._timing = (0.0,) * 5
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another `step` can give anything."""
+        return self._in_flight is not None or bool(self._roster.live) or bool(self._outputs)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether work waits for something outside the loop: larger buckets that are still being compiled."""
+        return self._in_flight is None and not self._roster.running and bool(self._roster.waiting)
+
+    @property
+    def stats(self) -> EngineStats:
+        return snapshot(self._counters, self._roster, self._runner.stats)
+
+    @property
+    def last_timing(self) -> StepTiming:
+        """Where the newest turn's host time went."""
+        start, planned, launched, landed, done = self._timing
+        return StepTiming(planned - start, launched - planned, landed - launched, done - landed)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a sequence. Raises RequestError where it can never run, EngineBusyError where the queue is full."""
+        if request.request_id in self._roster.live:
+            raise RequestError(f"A request with id {request.request_id!r} is running already; ids must be distinct.")
+        queue_max, roster = self._config.max_num_queued_reqs, self._roster
+        if queue_max is not None and len(roster.waiting) >= queue_max + roster.free_row_count:
+            raise EngineBusyError(
+                f"{len(roster.waiting)} requests are waiting already, at most {queue_max} may "
+                "(--max-num-queued-reqs): try again later."
+            )
+        check_request(request, shape=self._shape, kv=roster.kv, config=self._config)
+        roster.enter(
+            Sequence(
+                request,
+                rank=self._rank(request, self._arrivals),
+                length_max=self._shape.length_max,
+                group_count=len(self._shape.groups),
+                may_split=self._config.enable_chunked_prefill,
+            )
+        )
+        self._arrivals += 1
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends these sequences; their pages are free after the next `step`, which gives their last output."""
+        for request_id in request_ids:
+            sequence = self._roster.live.get(request_id)
+            if sequence is not None:
+                self._roster.end(sequence)
+                self._outputs.append(ended_output(sequence, "abort", None, self._clock.now()))
+
+    def step(self) -> list[SequenceOutput]:
+        """One turn: plans and launches the next step, then commits the one that was in flight."""
+        outputs, self._outputs = self._outputs, []
+        start = perf_counter()
+        planned = self._scheduler.plan(self._runner.limits(), self._clock.now())
+        planned_at = launched_at = landed_at = perf_counter()
+        touched: list[Sequence] = planned[1] if planned else []
+        try:
+            launched = None if planned is None else _Launched(*planned, self._runner.launch(planned[0]))
+            launched_at = perf_counter()
+            if self._config.async_scheduling:
+                landing, self._in_flight = self._in_flight, launched
+            else:
+                landing = launched
+            landed_at = perf_counter()
+            if landing is not None:
+                touched = landing.sequences
+                result = landing.pending.result()
+                landed_at = perf_counter()
+                outputs += self._committer.commit(landing.plan, landing.sequences, result, self._clock.now())
+                self._note_calm()
+            self._clear_tainted()
+        except StepAllocationError as error:
+            outputs += self._recover(touched, error)
+        self._timing = (start, planned_at, launched_at, landed_at, perf_counter())
+        return outputs
+
+    def flush_prefix_cache(self) -> None:
+        """Forgets cached content; running sequences keep their pages."""
+        self._roster.cache.flush()
+
+    def close(self) -> None:
+        """Drops all work and closes the runner."""
+        self._in_flight = None
+        self._roster.restart()
+        self._roster.live.clear()
+        self._roster.waiting.clear()
+        self._runner.close()
+
+    def check(self) -> None:
+        """Asserts the invariants of everything the loop holds; for tests and debugging."""
+        self._roster.check()
+        if not self._roster.live and self._in_flight is None:
+            assert self._roster.kv.used_count == 0 and not self._roster.leaving, "an idle engine holds pages"
+
+    def _clear_tainted(self) -> None:
+        for group, pool in enumerate(self._roster.kv.pools):
+            if pool.has_uncleared:
+                self._runner.clear_pages(group, np.array(pool.uncleared(), np.int32))
+                pool.cleared()
+
+    def _note_calm(self) -> None:
+        if self._failures:
+            self._calm_steps += 1
+            if self._calm_steps >= CALM_STEPS_MIN:
+                self._failures = 0
+
+    def _recover(self, touched: list[Sequence], error: StepAllocationError) -> list[SequenceOutput]:
+        """A step ran out of device memory: new pages, everybody is recomputed, and for a while one at a time."""
+        self._in_flight = None
+        self._failures += 1
+        self._calm_steps = 0
+        self._counters.allocation_failures += 1
+        logger.error("a step ran out of device memory (%s); recomputing %d sequences", error, len(self._roster.live))
+        self._runner.rebuild()
+        self._roster.restart()
+        self._scheduler.go_solo(self._failures)
+        alone = touched[0] if len(touched) == 1 and not touched[0].has_ended else None
+        if alone is None:
+            return []
+        alone.failure_count += 1
+        if alone.failure_count < FAILURES_ALONE_MAX:
+            return []
+        self._roster.end(alone)
+        message = (
+            f"The device ran out of memory {alone.failure_count} times computing this request alone "
+            f"({alone.known} tokens): lower --gpu-memory-utilization or --max-num-batched-tokens."
+        )
+        return [ended_output(alone, "error", message, self._clock.now())]
