@@ -1,0 +1,150 @@
+"""When each program is built: the serving set first, in the caller's time, the rest in background threads.
+
+Knows names and order of programs, not what they compute. *Serving* is: one bucket of each kind is there. *Ready* is:
+all are, and from then on a compilation anywhere in the process is counted as a fault.
+Invariant: the bucket tuples only grow, and a bucket is listed only once all its programs are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from jaxserve.core.errors import EngineError
+from jaxserve.core.progress import NoProgress, ProgressPort
+from jaxserve.runner.compile import Compiler, Executable, Program
+from jaxserve.runner.programs import ProgramSet
+from jaxserve.runner.setup import RunnerSetup
+
+logger = logging.getLogger("jaxserve.compile")
+
+THREADS_MAX = 8     # programs compiled at once: each takes gigabytes of host memory for a large model
+
+Job = tuple[dict[int, Executable], int, Program]     # where the executable goes, under which bucket
+
+
+class ProgramBuilder:
+    """The executables of one runner. Mutable: they appear one by one, from several threads."""
+
+    def __init__(self, setup: RunnerSetup, programs: ProgramSet) -> None:
+        self._setup, self._programs = setup, programs
+        self.compiler = Compiler(setup.store, setup.devices)
+        self.forward: dict[int, Executable] = {}
+        self.score: dict[int, Executable] = {}
+        self.sample: dict[int, Executable] = {}
+        self.clear: dict[int, Executable] = {}       # by KV group
+        self._single: dict[int, Executable] = {}
+        self.token_buckets: tuple[int, ...] = ()
+        self.row_buckets: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._done = threading.Event()
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def reset(self) -> Executable:
+        return self._single[0]
+
+    @property
+    def admit(self) -> Executable:
+        return self._single[1]
+
+    @property
+    def is_ready(self) -> bool:
+        return self._done.is_set() and self._failure is None
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The most scratch memory that any program so far takes while it runs."""
+        with self._lock:
+            built = [*self.forward.values(), *self.sample.values(), *self.score.values(), *self._single.values()]
+        return max((temporary_bytes(executable) for executable in built), default=0)
+
+    def build_serving_set(self, progress: ProgressPort) -> None:
+        """Everything without buckets, and one bucket of each kind."""
+        programs = self._programs
+        jobs: list[Job] = [(self._single, 0, programs.reset()), (self._single, 1, programs.admit())]
+        jobs += [(self.clear, group, programs.clear(group)) for group in range(len(self._setup.shape.groups))]
+        buckets = self._setup.buckets.serving(whole_prompts=self._setup.whole_prompts)
+        jobs += self._jobs(buckets.tokens, buckets.rows)
+        jobs.sort(key=lambda job: not job[2].name.startswith("forward"))   # the longest first
+        with progress.task("compiling to serve", len(jobs), "programs") as advance:
+            self._run(jobs, advance, threads=os.cpu_count() or 1)
+
+    def build_rest(self, progress: ProgressPort | None, on_ready: Callable[[], None] | None) -> None:
+        """Starts the background thread that builds every other bucket."""
+        assert self._thread is None, "called once"
+        self._thread = threading.Thread(
+            target=self._build_rest, args=(progress or NoProgress(), on_ready), name="compile-rest", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Waits until ready; raises EngineError where a bucket could not be compiled."""
+        self._done.wait(timeout_s)
+        self.raise_failure()
+        return self.is_ready
+
+    def raise_failure(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"compiling a step failed: {self._failure}") from self._failure
+
+    def close(self) -> None:
+        """Lets what is compiling now finish, and starts nothing more."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _build_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None) -> None:
+        buckets = self._setup.buckets
+        # The largest first: long prompts gain most. Then from small to large.
+        tokens = sorted(set(buckets.tokens) - set(self.token_buckets), key=lambda size: (size != buckets.tokens_max, size))
+        rows = sorted(set(buckets.rows) - set(self.row_buckets), key=lambda size: (size != buckets.rows_max, size))
+        jobs = self._jobs(tuple(tokens), tuple(rows))
+        try:
+            with progress.task("compiling the rest", len(jobs), "programs") as advance:
+                self._run(jobs, advance, threads=max(1, (os.cpu_count() or 1) // 2))
+        except Exception as error:  # told to the engine's thread, which ends the process
+            logger.exception("compiling failed")
+            self._failure = error
+        if self._closing.is_set():
+            return
+        if self._failure is None:
+            self.compiler.seal()
+        self._done.set()
+        if self._failure is None and on_ready is not None:
+            on_ready()
+
+    def _jobs(self, tokens: tuple[int, ...], rows: tuple[int, ...]) -> list[Job]:
+        programs = self._programs
+        jobs: list[Job] = []
+        for size in tokens:
+            jobs += [(self.forward, size, programs.forward(size)), (self.score, size, programs.score(size))]
+        jobs += [(self.sample, size, programs.sample(size)) for size in rows]
+        return jobs
+
+    def _run(self, jobs: list[Job], advance: Callable[[int], None], *, threads: int) -> None:
+        def build(job: Job) -> None:
+            if self._closing.is_set():
+                return
+            place, bucket, program = job
+            executable = self.compiler.build(program)
+            with self._lock:
+                place[bucket] = executable
+                self.token_buckets = tuple(sorted(self.forward.keys() & self.score.keys()))
+                self.row_buckets = tuple(sorted(self.sample))
+            advance(1)
+
+        with ThreadPoolExecutor(min(threads, THREADS_MAX), thread_name_prefix="compile") as pool:
+            for future in [pool.submit(build, job) for job in jobs]:
+                future.result()
+
+
+def temporary_bytes(executable: Executable) -> int:
+    """Scratch memory of one run."""
+    analysis = executable.memory_analysis()
+    return int(analysis.temp_size_in_bytes) if analysis is not None else 0

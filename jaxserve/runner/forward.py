@@ -1,0 +1,79 @@
+"""The forward of one step, as a pure function: packed step in, hidden states of the sampling rows and new pages out.
+
+Knows no bucket policy and no sampling. Sampled tokens of the step before are fed back here, on the device, so the
+host can plan a step before it has seen the one before.
+Invariant: of the outputs only `hidden_TD` has a shape that depends on T; whatever follows compiles once for all T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxserve.layers.context import LayerKv, StepContext
+from jaxserve.models.decoder import Decoder
+from jaxserve.runner.inputs import FED_BACK, PageUpdateArrays, StepLayout, unpack
+
+
+class Sampling(NamedTuple):
+    """What the sampler needs of a step, at the largest B.
+
+    Attributes:
+      hidden_BD: of the last token of each sampling row.  row_B: R for padding.  position_B: of the token to sample.
+      wants_logprobs: [] not 0 where any row wants them.
+    """
+
+    hidden_BD: Array
+    row_B: Array
+    position_B: Array
+    wants_logprobs: Array
+
+
+class ForwardResult(NamedTuple):
+    """Outputs of `forward`; `kv` and `page_RM` take the place of the donated ones."""
+
+    hidden_TD: Array
+    sampling: Sampling
+    kv: tuple[LayerKv, ...]
+    page_RM: tuple[Array, ...]
+
+
+def forward(
+    leaves: Sequence[Array],
+    kv: tuple[LayerKv, ...],
+    page_RM: tuple[Array, ...],
+    last_token_R: Array,
+    packed_W: Array,
+    *,
+    model: Decoder,
+    tree: Any,
+    layout: StepLayout,
+) -> ForwardResult:
+    """One step of the model.
+
+    Args:
+      leaves, tree: the parameters, flat: walking a nested tree at every call costs more than the step's dispatch.
+    """
+    with jax.named_scope("unpack"):
+        step = unpack(packed_W, layout)
+        page_RM = tuple(_update(table_RM, updates) for table_RM, updates in zip(page_RM, step.updates, strict=True))
+        fed_back_T = last_token_R.at[step.row_T].get(mode="clip")
+        token_T = jnp.where(step.token_T == FED_BACK, fed_back_T, step.token_T)
+    context = StepContext(position_T=step.position_T, row_T=step.row_T, page_RM=page_RM, work=step.work)
+    params = {"params": jax.tree.unflatten(tree, leaves)}
+    hidden_TD, kv = model.apply(params, token_T, kv, context, method="hidden")
+    sampling = Sampling(
+        hidden_BD=hidden_TD[step.sample_token_B],
+        row_B=step.sample_row_B,
+        position_B=step.sample_position_B,
+        wants_logprobs=step.wants_logprobs,
+    )
+    return ForwardResult(hidden_TD=hidden_TD, sampling=sampling, kv=tuple(kv), page_RM=page_RM)
+
+
+def _update(table_RM: Array, updates: PageUpdateArrays) -> Array:
+    return table_RM.at[updates.row_U, updates.index_U].set(updates.page_U, mode="drop")

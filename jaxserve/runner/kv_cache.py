@@ -1,0 +1,55 @@
+"""The paged KV pool on the device: its shapes, and page tables. Knows no policy: which page is whose is the plan's.
+
+Invariant: pool and tables are allocated once, zeroed, and from then on only donated from program to program, so one
+copy of each exists.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.plan import RunnerShape
+from jaxserve.layers.context import LayerKv
+
+TABLE_DTYPE = jnp.int32
+
+
+def page_index_max(shape: RunnerShape) -> int:
+    """M: page-table columns, enough for the longest sequence."""
+    return -(-shape.length_max // shape.page_size)
+
+
+def abstract_pool(
+    spec: ModelSpec, shape: RunnerShape, dtype: jnp.dtype, sharding: jax.sharding.Sharding
+) -> tuple[LayerKv, ...]:
+    """Keys and values of every layer, in layer order: [P, K, S, H] of its group's page count."""
+    layers: dict[int, LayerKv] = {}
+    for group, sizes in zip(spec.kv_groups, shape.groups, strict=True):
+        page = jax.ShapeDtypeStruct(
+            (sizes.page_count, group.kv_head_count, shape.page_size, group.head_dim), dtype, sharding=sharding
+        )
+        layers.update({layer: LayerKv(k_PKSH=page, v_PKSH=page) for layer in group.layers})
+    return tuple(layers[index] for index in range(len(spec.layers)))
+
+
+def abstract_tables(shape: RunnerShape, sharding: jax.sharding.Sharding) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """One page table a KV group: [R, M]."""
+    size = (shape.row_count, page_index_max(shape))
+    return tuple(jax.ShapeDtypeStruct(size, TABLE_DTYPE, sharding=sharding) for _ in shape.groups)
+
+
+def clear(kv: tuple[LayerKv, ...], layers: tuple[int, ...], page_U: Array) -> tuple[LayerKv, ...]:
+    """Zeroes pages of the given layers; page ids past the pool are dropped."""
+    wiped = list(kv)
+    for layer in layers:
+        wiped[layer] = LayerKv(*(pool.at[page_U].set(0, mode="drop") for pool in kv[layer]))
+    return tuple(wiped)
+
+
+def cache_bytes(pool: tuple[LayerKv, ...]) -> int:
+    """Bytes of a pool, real or abstract."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pool))

@@ -1,0 +1,187 @@
+"""Who gets how much of the device's memory: weights, temporaries, state, a reserve, and KV pages from what is left.
+
+Pure arithmetic over bytes, plus reading how much there is; compiles nothing. Sizes are of one device.
+Invariant: what a plan grants fits the budget it was given; what cannot fit is refused with the table of what needs
+what, before a single weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from jaxserve.core.errors import CapacityError
+from jaxserve.core.model_spec import ModelSpec
+
+GIB = 1 << 30
+CPU_POOL_BYTES = 2 * GIB          # KV pages of a CPU server when the user says nothing
+CPU_BUDGET = 0.95                 # of the machine's memory; --gpu-memory-utilization is about GPUs
+CPU_RESERVE_BYTES = GIB           # temporaries (malloc'd as they come), Python, the API process
+GPU_RESERVE = 0.02                # of the budget: fragmentation, the allocator's own rounding, small transfers
+GPU_RESERVE_BYTES_MIN = 256 << 20
+PAGES_GRID_BITS = 5               # page counts keep five significant bits: at most 6 % of the pool is given up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Bytes there are, and how many of them are ours to plan with."""
+
+    total_bytes: int
+    budget_bytes: int
+    reserve_bytes: int
+    pool_bytes_default: int | None = None     # None: whatever is left
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryTable:
+    """The memory of one device as planned; `lines` is for people."""
+
+    budget: Budget
+    weight_bytes: int
+    temporary_bytes: int
+    state_bytes: int                 # rows, page tables, shaping slots
+    page_bytes: int                  # of one page index over all KV groups
+    page_count: int
+    page_size: int
+    length_max: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.page_count * self.page_bytes
+
+    @property
+    def token_count(self) -> int:
+        """Tokens whose keys and values fit the pool."""
+        return self.page_count * self.page_size
+
+    @property
+    def concurrency(self) -> float:
+        """Sequences of full length that fit at once."""
+        return self.token_count / self.length_max if self.length_max else 0.0
+
+    @property
+    def left_bytes(self) -> int:
+        """What the budget leaves for pages; negative where not even the rest fits."""
+        fixed = self.weight_bytes + self.temporary_bytes + self.state_bytes + self.budget.reserve_bytes
+        return self.budget.budget_bytes - fixed
+
+    def lines(self) -> tuple[str, ...]:
+        pages = f"{self.page_count:,} pages x {self.page_size} slots = {self.token_count:,} tokens"
+        named = (
+            ("device memory", self.budget.total_bytes, ""),
+            ("to plan with", self.budget.budget_bytes, ""),
+            ("weights", self.weight_bytes, ""),
+            ("step temporaries", self.temporary_bytes, ""),
+            ("row state", self.state_bytes, ""),
+            ("reserve", self.budget.reserve_bytes, ""),
+            ("left for KV pages", max(0, self.left_bytes), f"{self.page_bytes:,} B a page"),
+            ("KV pages", self.pool_bytes, pages),
+        )
+        return tuple(f"  {name:18} {count / GIB:9.3f} GiB  {note}".rstrip() for name, count, note in named)
+
+
+def machine_bytes() -> int:
+    """Memory of this machine, or of the control group that the process lives in where that is less."""
+    sizes = []
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            sizes.append(int(line.split()[1]) * 1024)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            sizes.append(int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue   # no such control group, or "max"
+    return min(sizes)
+
+
+def device_budget(device: jax.Device, *, utilization: float) -> Budget:
+    """What may be used of `device`.
+
+    On a GPU the allocator's own limit is the hard one; the composition root sets it to `utilization` of the total
+    before jax starts.
+    """
+    if device.platform == "cpu":
+        total = machine_bytes()
+        return Budget(
+            total_bytes=total,
+            budget_bytes=int(total * CPU_BUDGET),
+            reserve_bytes=min(CPU_RESERVE_BYTES, total // 4),
+            pool_bytes_default=min(CPU_POOL_BYTES, total // 4),
+        )
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise CapacityError(f"{device.device_kind} does not say how much memory it has; give --kv-cache-memory-bytes.")
+    limit = int(stats["bytes_limit"])
+    reserve = max(GPU_RESERVE_BYTES_MIN, int(limit * GPU_RESERVE))
+    return Budget(total_bytes=int(limit / utilization), budget_bytes=limit, reserve_bytes=reserve)
+
+
+def grant_pages(
+    *,
+    spec: ModelSpec,
+    budget: Budget,
+    weight_bytes: int,
+    temporary_bytes: int,
+    state_bytes: int,
+    page_size: int,
+    itemsize: int,
+    row_count: int,
+    length_wanted: int | None,
+    pool_bytes_wanted: int | None,
+) -> MemoryTable:
+    """Sizes the KV pool and, where it is not given, the longest sequence.
+
+    Args:
+      length_wanted: --max-model-len; None is as long as the model and the pool allow.
+      pool_bytes_wanted: --kv-cache-memory-bytes; None is by device.
+    """
+    table = MemoryTable(
+        budget=budget, weight_bytes=weight_bytes, temporary_bytes=temporary_bytes, state_bytes=state_bytes,
+        page_bytes=sum(group.page_bytes(page_size, itemsize) for group in spec.kv_groups),
+        page_count=0, page_size=page_size, length_max=0,
+    )
+    if pool_bytes_wanted is not None:
+        pool_bytes = pool_bytes_wanted
+    elif budget.pool_bytes_default is not None:
+        pool_bytes = min(budget.pool_bytes_default, table.left_bytes)
+    else:
+        pool_bytes = table.left_bytes
+    if pool_bytes > table.left_bytes or pool_bytes < table.page_bytes:
+        raise _refusal(table, pool_bytes_wanted)
+    longest = length_wanted if length_wanted is not None else spec.context_length
+    useful = row_count * -(-longest // page_size)
+    page_count = min(_on_grid(pool_bytes // table.page_bytes), useful)
+    capacity = page_count * page_size
+    if length_wanted is not None and length_wanted > capacity:
+        raise CapacityError(
+            f"max-model-len {length_wanted:,} needs {-(-length_wanted // page_size):,} KV pages, and {page_count:,} fit: "
+            f"lower --max-model-len to at most {capacity:,}, or raise "
+            f"{'--kv-cache-memory-bytes' if pool_bytes < table.left_bytes else '--gpu-memory-utilization'}.\n"
+            + "\n".join(replace(table, page_count=page_count, length_max=length_wanted).lines())
+        )
+    return replace(table, page_count=page_count, length_max=min(longest, capacity))
+
+
+def _refusal(table: MemoryTable, pool_bytes_wanted: int | None) -> CapacityError:
+    if pool_bytes_wanted is not None and pool_bytes_wanted < table.page_bytes:
+        reason = f"kv-cache-memory-bytes {pool_bytes_wanted:,} is less than one page ({table.page_bytes:,} bytes): raise it."
+    elif pool_bytes_wanted is not None:
+        reason = (
+            f"kv-cache-memory-bytes {pool_bytes_wanted:,} does not fit: {max(0, table.left_bytes):,} bytes are left "
+            "for KV pages; lower it, or serve a smaller model."
+        )
+    else:
+        reason = (
+            "the model does not fit: nothing is left for KV pages; lower --max-num-batched-tokens or --max-num-seqs, "
+            "raise --gpu-memory-utilization, or serve a smaller model or dtype."
+        )
+    return CapacityError(reason + "\n" + "\n".join(table.lines()))
+
+
+def _on_grid(count: int) -> int:
+    """`count` rounded down to five significant bits: starts that find a little more or less memory free compile the
+    same shapes, and so find their programs in the store."""
+    grid = 1 << max(0, count.bit_length() - PAGES_GRID_BITS)
+    return count // grid * grid

@@ -1,0 +1,141 @@
+"""The programs of a runner: each pure function with its abstract arguments, donations and placements.
+
+Knows shapes; compiles nothing. Four kinds: forward (a T bucket each), sample (a B bucket each), score (a T bucket
+each), and the ones without buckets: reset, admit, clear.
+Invariant: |T buckets| + |B buckets| programs cover every step, because nothing depends on both.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.core.plan import RunnerShape
+from jaxserve.layers.context import LayerKv
+from jaxserve.models.decoder import Decoder
+from jaxserve.runner import kv_cache, rows
+from jaxserve.runner.compile import Program
+from jaxserve.runner.forward import ForwardResult, Sampling, forward
+from jaxserve.runner.inputs import StepLayout
+from jaxserve.runner.sample import logprob_structure, sample_step, sample_structure, score_step
+from jaxserve.runner.sampling import RowState
+from jaxserve.runner.setup import RunnerSetup
+from kernels_pallas.storage import storage_dtype
+
+CLEAR_PAGES = 16    # pages that one clear zeroes
+
+
+class ProgramSet:
+    """Programs of one model at one setup; `params` may be arrays or their abstract values."""
+
+    def __init__(self, setup: RunnerSetup, params: Any) -> None:
+        self._setup = setup
+        self._model = Decoder(spec=setup.spec, dtype=setup.dtype)
+        leaves, self._tree = jax.tree.flatten(params)
+        self._leaves = tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or setup.replicated) for leaf in leaves
+        )
+        self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)
+        self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
+        self._rows = self._placed(jax.eval_shape(functools.partial(rows.empty, setup.shape)))
+        B = setup.buckets.rows_max
+        self._layouts = {
+            tokens: StepLayout(
+                tokens=tokens, rows=B, row_count=setup.shape.row_count, group_count=len(setup.shape.groups)
+            )
+            for tokens in setup.buckets.tokens
+        }
+        self._sampling = Sampling(
+            hidden_BD=self._array(B, setup.spec.width, dtype=setup.dtype),
+            row_B=self._array(B), position_B=self._array(B), wants_logprobs=self._array(),
+        )
+
+    def layout(self, tokens: int) -> StepLayout:
+        """The packed vector of a token bucket."""
+        return self._layouts[tokens]
+
+    def forward(self, tokens: int) -> Program:
+        """The model over a step of at most `tokens` tokens."""
+        layout = self.layout(tokens)
+        results = ForwardResult(hidden_TD=0, sampling=self._sampling, kv=self._kv, page_RM=self._tables)
+        return self._program(
+            f"forward_T{tokens}",
+            functools.partial(forward, model=self._model, tree=self._tree, layout=layout),
+            (self._leaves, self._kv, self._tables, self._rows.last_token_R, self._array(layout.size)),
+            results, donated=(1, 2), closes_over=layout,
+        )
+
+    def sample(self, count: int) -> Program:
+        """One token for each of at most `count` rows."""
+        setup = self._setup
+        mode, alternatives = setup.logprobs_mode, setup.shape.alternatives_max
+        return self._program(
+            f"sample_B{count}",
+            functools.partial(
+                sample_step, model=self._model, tree=self._tree, count=count, alternatives=alternatives, mode=mode
+            ),
+            (self._leaves, self._sampling, self._rows),
+            (self._rows, sample_structure()), donated=(2,), closes_over=(mode, alternatives),
+        )
+
+    def score(self, tokens: int) -> Program:
+        """Logprobs of given next tokens for a step of at most `tokens` tokens."""
+        setup = self._setup
+        alternatives = setup.shape.alternatives_max
+        return self._program(
+            f"score_T{tokens}",
+            functools.partial(score_step, model=self._model, tree=self._tree, alternatives=alternatives),
+            (self._leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
+            logprob_structure(), closes_over=alternatives,
+        )
+
+    def admit(self) -> Program:
+        """Writes the state and page tables of at most rows.ADMIT_ROWS rows."""
+        admission = self._placed(rows.pack((), self._setup.shape))
+        return self._program(
+            "admit", rows.admit, (self._rows, self._tables, admission), (self._rows, self._tables), donated=(0, 1)
+        )
+
+    def clear(self, group: int) -> Program:
+        """Zeroes at most CLEAR_PAGES pages of one KV group."""
+        layers = self._setup.spec.kv_groups[group].layers
+        return self._program(
+            f"clear_{group}", functools.partial(_clear, layers=layers), (self._kv, self._array(CLEAR_PAGES)),
+            self._kv, donated=(0,), closes_over=layers,
+        )
+
+    def reset(self) -> Program:
+        """Zeroed pages, tables and rows, where they belong."""
+        shape = self._setup.shape
+        return self._program(
+            "reset", functools.partial(_reset, kv=self._kv, tables=self._tables, shape=shape), (),
+            (self._kv, self._tables, self._rows), closes_over=shape,
+        )
+
+    def _program(
+        self, name: str, function: Any, arguments: tuple[Any, ...], results: Any, *,
+        donated: tuple[int, ...] = (), closes_over: object = None,
+    ) -> Program:
+        return Program(
+            name=name, function=function, arguments=arguments, donated=donated,
+            results=jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self._setup.replicated, results),
+            identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {closes_over!r}",
+        )
+
+    def _array(self, *size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=self._setup.replicated)
+
+    def _placed(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: self._array(*leaf.shape, dtype=leaf.dtype), tree)
+
+
+def _clear(kv: tuple[LayerKv, ...], page_U: jax.Array, *, layers: tuple[int, ...]) -> tuple[LayerKv, ...]:
+    return kv_cache.clear(kv, layers, page_U)
+
+
+def _reset(*, kv: Any, tables: Any, shape: RunnerShape) -> tuple[tuple[LayerKv, ...], tuple[jax.Array, ...], RowState]:
+    kv, tables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (kv, tables))
+    return kv, tables, rows.empty(shape)

@@ -1,0 +1,253 @@
+"""The data plane behind `RunnerPort`: owns the device state, dispatches steps, hands results back in plan order.
+
+Knows rows, pages and token ids; no text, no policy, no queue. `launch`, `clear_pages` and `rebuild` belong to one
+thread (the engine's); buckets may go on being compiled in others meanwhile.
+Invariant: the device state is donated from program to program in launch order, so of pages and rows one copy exists
+and step n + 1 sees all of step n; results are buffers of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from numpy.typing import NDArray
+
+from jaxserve.core.errors import EngineError, StepAllocationError
+from jaxserve.core.plan import I32, LogprobArrays, RunnerShape, RunnerStats, StepLimits, StepPlan, StepResult
+from jaxserve.core.progress import ProgressPort
+from jaxserve.layers.context import LayerKv
+from jaxserve.runner.buckets import holder
+from jaxserve.runner.build import ProgramBuilder
+from jaxserve.runner.inputs import pack
+from jaxserve.runner.kv_cache import page_index_max
+from jaxserve.runner import rows
+from jaxserve.runner.programs import CLEAR_PAGES, ProgramSet
+from jaxserve.runner.sample import LogprobResult, SampleResult
+from jaxserve.runner.sampling import RowState
+from jaxserve.runner.setup import RunnerSetup
+
+logger = logging.getLogger("jaxserve.runner")
+
+
+@dataclass(slots=True)
+class DeviceState:
+    """What every step takes and gives back. Mutable: its buffers are donated, so only the newest are alive."""
+
+    kv: tuple[LayerKv, ...]
+    page_RM: tuple[Array, ...]
+    rows: RowState
+
+
+class Runner:
+    """`RunnerPort` on jax devices. Mutable: device state, which rows want logprobs, compiled programs."""
+
+    def __init__(self, setup: RunnerSetup, params: Any) -> None:
+        self._setup = setup
+        self._leaves = tuple(jax.tree.leaves(params))
+        self._programs = ProgramSet(setup, params)
+        self._builder = ProgramBuilder(setup, self._programs)
+        self._wants_logprobs_R = np.zeros(setup.shape.row_count, bool)
+        self._state: DeviceState | None = None
+
+    @classmethod
+    def create(cls, *, setup: RunnerSetup, params: Any) -> Runner:
+        """A runner with nothing compiled yet; `params` are the model's, placed on the mesh of `setup`."""
+        return cls(setup, params)
+
+    # Start-up.
+
+    def compile_serving_set(self, progress: ProgressPort) -> None:
+        """Blocks until the smallest set of programs that can serve any request has run once."""
+        self._builder.build_serving_set(progress)
+        self.rebuild()
+
+    def compile_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None = None) -> None:
+        """Compiles every other bucket in background threads; `on_ready` is called from one of them at the end."""
+        self._builder.build_rest(progress, on_ready)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._builder.is_ready
+
+    def wait_ready(self, timeout_s: float | None = None) -> bool:
+        """Waits until every bucket is compiled; raises what compiling raised."""
+        return self._builder.wait(timeout_s)
+
+    # RunnerPort.
+
+    @property
+    def shape(self) -> RunnerShape:
+        return self._setup.shape
+
+    @property
+    def stats(self) -> RunnerStats:
+        stats = self._builder.compiler.stats
+        return RunnerStats(
+            compiled_count=int(stats.compiled_count + stats.loaded_count),
+            compiled_after_ready_count=int(stats.after_seal_count),
+        )
+
+    def limits(self) -> StepLimits:
+        programs = self._builder
+        return StepLimits(
+            tokens_max=programs.token_buckets[-1], samples_max=min(programs.row_buckets[-1], self.shape.row_count)
+        )
+
+    def launch(self, plan: StepPlan) -> PendingDeviceStep:
+        self._check(plan)
+        with translated_errors():
+            self._admit(plan)
+            state, built = self._live(), self._builder
+            tokens = holder(built.token_buckets, plan.token_count)
+            wants_logprobs = bool(self._wants_logprobs_R[plan.row_A[plan.samples_A]].any())
+            packed = pack(plan, self._programs.layout(tokens), wants_logprobs=wants_logprobs)
+            forward = built.forward[tokens](
+                self._leaves, state.kv, state.page_RM, state.rows.last_token_R, self._put(packed)
+            )
+            state.kv, state.page_RM = forward.kv, forward.page_RM
+            sampled = scored = None
+            if plan.sample_count:
+                bucket = holder(built.row_buckets, plan.sample_count)
+                state.rows, sampled = built.sample[bucket](self._leaves, forward.sampling, state.rows)
+                _start_copy(sampled if wants_logprobs else sampled._replace(logprobs=None))
+            if plan.scores_A.any():
+                target_T = np.full(tokens, -1, np.int32)
+                target_T[: plan.token_count] = plan.score_target_T
+                scored = built.score[tokens](self._leaves, forward.hidden_TD, self._put(target_T))
+                _start_copy(scored)
+        return PendingDeviceStep(plan, forward.sampling.row_B, sampled, scored, wants_logprobs)
+
+    def clear_pages(self, group: int, pages: I32) -> None:
+        page_count = self.shape.groups[group].page_count
+        pages = np.asarray(pages, np.int32)
+        _check_bounds("page", pages, page_count)
+        for start in range(0, len(pages), CLEAR_PAGES):
+            page_U = np.full(CLEAR_PAGES, page_count, np.int32)
+            batch = pages[start : start + CLEAR_PAGES]
+            page_U[: len(batch)] = batch
+            with translated_errors():
+                state = self._live()
+                state.kv = self._builder.clear[group](state.kv, self._put(page_U))
+
+    def rebuild(self) -> None:
+        self._state = None      # the pool must be gone before its successor is allocated: two do not fit
+        self._wants_logprobs_R[:] = False
+        with translated_errors():
+            self._state = DeviceState(*self._builder.reset())
+
+    def close(self) -> None:
+        """Stops compiling and lets go of the device's memory."""
+        self._builder.close()
+        self._state = None
+        self._leaves = ()
+
+    def _admit(self, plan: StepPlan) -> None:
+        for start in range(0, len(plan.admissions), rows.ADMIT_ROWS):
+            batch = plan.admissions[start : start + rows.ADMIT_ROWS]
+            state = self._live()
+            state.rows, state.page_RM = self._builder.admit(
+                state.rows, state.page_RM, self._put(rows.pack(batch, self.shape))
+            )
+            for admission in batch:
+                self._wants_logprobs_R[admission.row] = admission.params.logprobs is not None
+
+    def _live(self) -> DeviceState:
+        self._builder.raise_failure()
+        if self._state is None:
+            raise EngineError("the runner has no device state: it was closed, or its last rebuild failed.")
+        return self._state
+
+    def _put(self, arrays: Any) -> Any:
+        return jax.device_put(arrays, self._setup.replicated)
+
+    def _check(self, plan: StepPlan) -> None:
+        """jax never faults on an index out of bounds, it clamps: a wrong plan must stop here."""
+        shape, limits = self.shape, self.limits()
+        _check_bounds("row", plan.row_A, shape.row_count)
+        _check_bounds("position", plan.start_A + plan.count_A - 1, shape.length_max)
+        _check_bounds("token", plan.token_T, shape.vocab_size)
+        if not 0 < plan.token_count <= limits.tokens_max or plan.sample_count > limits.samples_max:
+            raise ValueError(f"a step of {plan.token_count} tokens and {plan.sample_count} samples; now it holds {limits}")
+        for group, updates in zip(shape.groups, plan.page_updates, strict=False):
+            _check_bounds("row", updates.row_U, shape.row_count)
+            _check_bounds("page", updates.page_U, group.page_count)
+            _check_bounds("page index", updates.index_U, page_index_max(shape))
+
+
+class PendingDeviceStep:
+    """A step in flight; `result` may be called once the next step has been launched, and more than once."""
+
+    __slots__ = ("_forwarded", "_plan", "_sampled", "_scored", "_wants_logprobs")
+
+    def __init__(
+        self, plan: StepPlan, forwarded: Array, sampled: SampleResult | None, scored: LogprobResult | None,
+        wants_logprobs: bool,
+    ) -> None:
+        self._plan, self._forwarded, self._sampled, self._scored = plan, forwarded, sampled, scored
+        self._wants_logprobs = wants_logprobs
+
+    def result(self) -> StepResult:
+        plan, sampled = self._plan, self._sampled
+        token_A = np.full(plan.row_A.shape[0], -1, np.int32)
+        is_finite_A = np.ones(plan.row_A.shape[0], bool)
+        logprobs = scores = None
+        with translated_errors():
+            if sampled is None:
+                self._forwarded.block_until_ready()   # nothing to read, yet a failed step must say so
+            else:
+                count = plan.sample_count
+                token_A[plan.samples_A] = np.asarray(sampled.token_B)[:count]
+                is_finite_A[plan.samples_A] = np.asarray(sampled.is_finite_B)[:count]
+                if self._wants_logprobs:
+                    logprobs = _spread(sampled.logprobs, plan.samples_A, count)
+            if self._scored is not None:
+                is_scored_T = np.repeat(plan.scores_A, plan.count_A) & (plan.score_target_T >= 0)
+                scores = _spread(self._scored, is_scored_T, plan.token_count, packed=True)
+        return StepResult(
+            step=plan.step, token_A=token_A, is_finite_A=is_finite_A, logprobs=logprobs, scores=scores
+        )
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """XLA's errors as this package's: out of memory is survivable, anything else is not."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" in message or "Out of memory" in message:
+            raise StepAllocationError(f"a step ran out of device memory: {message}") from error
+        raise EngineError(f"the device failed: {message}") from error
+
+
+def _start_copy(results: Any) -> None:
+    for leaf in jax.tree.leaves(results):
+        leaf.copy_to_host_async()
+
+
+def _spread(found: LogprobResult, where: NDArray[np.bool_], count: int, *, packed: bool = False) -> LogprobArrays:
+    """Logprobs in the plan's order, zeros where `where` is false.
+
+    Args:
+      packed: `found` already lies in the plan's order; else it holds the true places only, in order.
+    """
+    spread = []
+    for array in found:
+        values = np.asarray(array)[:count]
+        full = np.zeros((where.shape[0], *values.shape[1:]), values.dtype)
+        full[where] = values[where] if packed else values
+        spread.append(full)
+    logprob, rank, top_id, top_logprob = spread
+    return LogprobArrays(logprob_A=logprob, rank_A=rank, top_id_AX=top_id, top_logprob_AX=top_logprob)
+
+
+def _check_bounds(name: str, values: NDArray[np.integer[Any]], bound: int) -> None:
+    if values.size and not (values.min() >= 0 and values.max() < bound):
+        raise ValueError(f"{name} {values.min()}..{values.max()} is out of [0, {bound})")

@@ -1,0 +1,47 @@
+"""Everything about a runner that is settled before it exists: model, placement, sizes, buckets, memory.
+
+Plain values; computes nothing. Invariant: two starts of equal setups run equal programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.plan import RunnerShape
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.executable_store import ExecutableStore
+from jaxserve.runner.memory import MemoryTable
+
+LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunnerSetup:
+    """Attributes:
+    whole_prompts: prompts are never split (`--no-enable-chunked-prefill`): the largest step is needed at once.
+    store: where compiled programs outlive the process, if anywhere.
+    """
+
+    spec: ModelSpec
+    mesh: jax.sharding.Mesh
+    dtype: jnp.dtype
+    shape: RunnerShape
+    buckets: Buckets
+    memory: MemoryTable | None = None          # None while it is being planned
+    logprobs_mode: LogprobsMode = "raw_logprobs"
+    whole_prompts: bool = False
+    store: ExecutableStore | None = None
+
+    @property
+    def replicated(self) -> jax.sharding.Sharding:
+        """One copy on every device of the mesh."""
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        return tuple(self.mesh.devices.flat)

@@ -1,0 +1,160 @@
+"""From the user's configuration to a `RunnerSetup`: defaults by device, measured temporaries, the pages that fit.
+
+Compiles only where the device's memory is shared out (not on the CPU): the largest programs at a small pool, to learn
+how much scratch memory they take; those executables are kept, so the next start only reads them.
+Invariant: everything that could fail for want of memory has been weighed here, before weights are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.plan import KvGroupShape, RunnerShape
+from jaxserve.runner import rows
+from jaxserve.runner.buckets import Buckets, choose_buckets
+from jaxserve.runner.build import temporary_bytes
+from jaxserve.runner.compile import Compiler, open_store
+from jaxserve.runner.executable_store import ExecutableStore, default_folder
+from jaxserve.runner.kv_cache import abstract_tables
+from jaxserve.runner.memory import device_budget, grant_pages
+from jaxserve.runner.programs import ProgramSet
+from jaxserve.runner.setup import RunnerSetup
+
+SHAPING_SLOTS_MAX = 32          # rows at once with penalties, bias, bad words or allowed ids: 10 bytes x V each
+PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
+
+
+def plan_memory(
+    *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig
+) -> RunnerSetup:
+    """Settles every size of a runner.
+
+    Args:
+      params: the parameter tree, abstract (ShapeDtypeStruct) or real.
+      dtype: of activations and KV pages.
+    Raises:
+      ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
+    """
+    device = mesh.devices.flat[0]
+    row_count, tokens_max = _step_sizes(config, spec, is_cpu=device.platform == "cpu")
+    setup = _setup(
+        spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
+        buckets=choose_buckets(
+            tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager
+        ),
+        store=_store(config.compilation.compilation_cache_dir),
+    )
+    if config.cache.kv_cache_memory_bytes is None and device.platform != "cpu":
+        temporaries = _measure_temporaries(setup, params)
+    else:
+        temporaries = 0     # on the CPU they are malloc'd as they come, out of the reserve
+    memory = grant_pages(
+        spec=spec, budget=device_budget(device, utilization=config.cache.gpu_memory_utilization),
+        weight_bytes=_device_bytes(params), temporary_bytes=temporaries, state_bytes=_state_bytes(setup),
+        page_size=config.cache.block_size, itemsize=setup.dtype.itemsize, row_count=row_count,
+        length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
+    )
+    return replace(setup, memory=memory, shape=_shape(setup.shape, memory.page_count, memory.length_max))
+
+
+def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple[int, int]:
+    """Rows R, and the most tokens of a step."""
+    scheduler = config.scheduler
+    row_count = scheduler.max_num_seqs or (64 if is_cpu else 256)
+    tokens_max = scheduler.max_num_batched_tokens
+    length = config.model.max_model_len
+    if tokens_max is None:
+        tokens_max = max(512 if is_cpu else 8192, row_count)
+        if not scheduler.enable_chunked_prefill:
+            tokens_max = max(tokens_max, length or spec.context_length)
+    if tokens_max < row_count:
+        raise ConfigError(
+            f"max-num-batched-tokens {tokens_max} is less than max-num-seqs {row_count}: a step must hold one token of "
+            "every sequence; raise the first or lower the second."
+        )
+    if not scheduler.enable_chunked_prefill and length is not None and tokens_max < length:
+        raise ConfigError(
+            f"max-num-batched-tokens {tokens_max} is less than max-model-len {length}, and chunked prefill is off: "
+            "raise the first, lower the second, or allow chunks with --enable-chunked-prefill."
+        )
+    return row_count, tokens_max
+
+
+def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
+    """--max-model-len, or what a step holds where prompts cannot be split; None is as long as fits."""
+    length, scheduler = config.model.max_model_len, config.scheduler
+    if length is not None and length > spec.context_length:
+        raise ConfigError(
+            f"max-model-len {length} is above the {spec.context_length} positions that the model was made for; lower it."
+        )
+    if length is None and not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens is not None:
+        return min(spec.context_length, scheduler.max_num_batched_tokens)
+    return length
+
+
+def _setup(
+    *, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig, row_count: int,
+    buckets: Buckets, store: ExecutableStore | None,
+) -> RunnerSetup:
+    """A setup of final sizes except for the pool, which is provisional."""
+    alternatives = config.model.max_logprobs
+    shape = RunnerShape(
+        row_count=row_count,
+        page_size=config.cache.block_size,
+        groups=tuple(KvGroupShape(page_count=0, window=group.window) for group in spec.kv_groups),
+        length_max=0,
+        slot_count=min(row_count, SHAPING_SLOTS_MAX),
+        vocab_size=spec.vocab_size,
+        alternatives_max=spec.vocab_size if alternatives == -1 else min(alternatives, spec.vocab_size),
+    )
+    length = config.model.max_model_len or spec.context_length
+    return RunnerSetup(
+        spec=spec, mesh=mesh, dtype=dtype, shape=_shape(shape, PROVISIONAL_PAGES, length), buckets=buckets,
+        logprobs_mode=config.model.logprobs_mode,
+        whole_prompts=not config.scheduler.enable_chunked_prefill, store=store,
+    )
+
+
+def _shape(shape: RunnerShape, page_count: int, length_max: int) -> RunnerShape:
+    groups = tuple(replace(group, page_count=page_count) for group in shape.groups)
+    return replace(shape, groups=groups, length_max=length_max)
+
+
+def _measure_temporaries(setup: RunnerSetup, params: Any) -> int:
+    """Scratch memory of the hungriest program, by compiling the largest of each kind at the provisional pool."""
+    programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
+    tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max
+    largest = (programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
+    return max(temporary_bytes(compiler.build(program)) for program in largest)
+
+
+def _state_bytes(setup: RunnerSetup) -> int:
+    """Row state and page tables."""
+    state = jax.eval_shape(lambda: rows.empty(setup.shape))
+    return _tree_bytes((state, abstract_tables(setup.shape, setup.replicated)))
+
+
+def _device_bytes(params: Any) -> int:
+    """Bytes of the parameters on one device."""
+    sizes = []
+    for leaf in jax.tree.leaves(params):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        sizes.append(int(np.prod(shape)) * leaf.dtype.itemsize)
+    return sum(sizes)
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _store(folder: str | None) -> ExecutableStore | None:
+    return open_store(Path(folder).expanduser() if folder else default_folder())
