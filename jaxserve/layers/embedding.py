@@ -1,0 +1,32 @@
+"""The vocabulary's two ends: token ids to the residual stream, and hidden states to logits.
+
+Invariant: logits are float32 sums, never rounded to a smaller type first; ids are checked on the host, not here.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxserve.layers.linear import matmul
+
+
+class Vocabulary(nn.Module):
+    """A [V, D] matrix that embeds ids, scores hidden states, or both (tied weights)."""
+
+    size: int
+    width: int
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "width"))
+        self.weight_VD = self.param("weight", init, (self.size, self.width), self.dtype)
+
+    def embed(self, token_T: Array) -> Array:
+        # "clip" spares the compare-and-fill of the default mode; ids are in range.
+        return jnp.take(self.weight_VD, token_T, axis=0, mode="clip")
+
+    def logits(self, hidden_BD: Array) -> Array:
+        return matmul(hidden_BD, self.weight_VD)

@@ -1,0 +1,42 @@
+"""Linear layers with weights as checkpoints store them, [out, in], contracted on the last axis of both operands.
+
+Invariant: every product accumulates in float32. On the CPU this also selects XLA's fast bfloat16 path; a plain
+bfloat16 product runs at 1.5 GB/s of weights.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def matmul(x_TI: Array, weight_OI: Array) -> Array:
+    """x · weightᵀ in float32. Float32 operands are multiplied exactly, not in a GPU's 10-bit TF32."""
+    precision = jax.lax.Precision.HIGHEST if weight_OI.dtype == jnp.float32 else None
+    return jnp.einsum("TI,OI->TO", x_TI, weight_OI, precision=precision, preferred_element_type=jnp.float32)
+
+
+class Linear(nn.Module):
+    """x · weightᵀ + bias, added in float32. `axes` are the logical names of (out, in)."""
+
+    width_in: int
+    width_out: int
+    axes: tuple[str, str]
+    dtype: DTypeLike
+    has_bias: bool = False
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        self.weight_OI = self.param("weight", init, (self.width_out, self.width_in), self.dtype)
+        if self.has_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
+            self.bias_O = self.param("bias", init, (self.width_out,), self.dtype)
+
+    def __call__(self, x_TI: Array) -> Array:
+        y_TO = matmul(x_TI, self.weight_OI)
+        if self.has_bias:
+            y_TO = y_TO + self.bias_O.astype(jnp.float32)
+        return y_TO.astype(self.dtype)
