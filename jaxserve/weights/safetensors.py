@@ -23,6 +23,7 @@ from jaxserve.core.errors import WeightsError
 
 HEADER_BYTES_MAX = 100_000_000      # the format's own limit
 RANK_MAX = 8
+SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -62,7 +63,9 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     index = folder / INDEX_NAME
     if index.is_file():
         return _read_indexed(folder, index)
-    files = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    single = folder / SINGLE_NAME
+    # A folder may also hold the same model under other names ("consolidated.safetensors") or adapters.
+    files = [single] if single.is_file() else sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not files:
         raise WeightsError(f"no *.safetensors file in {folder}; weights are read from safetensors only")
     tensors: dict[str, StoredTensor] = {}

@@ -1,0 +1,116 @@
+"""From checkpoint files to placed parameters: each device gets the slice it owns, assembled on the host, then placed.
+
+Knows no format and no family. Host memory holds the slices that are on their way, never a second model: files are
+memory maps, and on the CPU a slice's memory *becomes* the device array (it is aligned as XLA wants it).
+Invariant: values are finite, or WeightsError names the tensor that is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxserve.core.errors import WeightsError
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.progress import Advance, NoProgress, ProgressPort
+from jaxserve.models.decoder import abstract_params
+from jaxserve.models.registry import family
+from jaxserve.weights.rules import Assembly, match
+from jaxserve.weights.safetensors import StoredTensor, read_folder
+
+ALIGNMENT = 64          # XLA on the CPU adopts host memory that is aligned so, and copies other memory
+THREADS_MAX = 8
+CHUNK_BYTES = 1 << 20   # copied, then checked while still in the cache
+
+Source = TypeVar("Source")
+HostArray = np.ndarray[Any, np.dtype[Any]]
+Index = tuple[slice, ...]
+
+
+def load_params(
+    spec: ModelSpec, folder: Path, mesh: Mesh, dtype: DTypeLike, progress: ProgressPort | None = None
+) -> dict[str, Any]:
+    """The parameters of a checkpoint folder, in `dtype`, on the mesh."""
+    abstract = abstract_params(spec, dtype, mesh)
+    assemblies = match(abstract, family(spec.family).weights(spec), read_folder(folder))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    with (progress or NoProgress()).task("loading weights", total, "B") as advance:
+        return place(abstract, assemblies, lambda assembly, index: read_slice(assembly, index, advance))
+
+
+def place(
+    abstract: Any, sources: Iterable[Source], read: Callable[[Source, Index], HostArray]
+) -> dict[str, Any]:
+    """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time."""
+    leaves, tree = jax.tree.flatten(abstract)
+
+    def make(leaf: jax.ShapeDtypeStruct, source: Source) -> jax.Array:
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: read(source, index))
+        return array.block_until_ready()       # frees the host slice before the next one is assembled
+
+    with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="weights") as pool:
+        futures = [pool.submit(make, leaf, source) for leaf, source in zip(leaves, sources, strict=True)]
+        try:
+            return jax.tree.unflatten(tree, [future.result() for future in futures])
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def read_slice(assembly: Assembly, index: Index, advance: Advance) -> HostArray:
+    """One device's slice of a parameter, gathered from the parts whose rows it covers.
+
+    Rows of the parameter:   [0 ······ q ······)[ k )[ v )
+    The slice:                         [start ······· stop)
+    """
+    shape, dtype = assembly.abstract.shape, assembly.abstract.dtype
+    rows, *columns = (range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
+    out = aligned_empty((len(rows), *(len(column) for column in columns)), dtype)
+    begin = 0
+    for part in assembly.parts:
+        start, stop = max(rows.start, begin), min(rows.stop, begin + part.shape[0])
+        if start < stop:
+            source = part.data[(slice(start - begin, stop - begin), *index[1:])]
+            _copy(source, out[start - rows.start : stop - rows.start], part, advance)
+        begin += part.shape[0]
+    return out
+
+
+def _copy(source: HostArray, out: HostArray, part: StoredTensor, advance: Advance) -> None:
+    """Copies, converts and checks, a chunk of rows at a time."""
+    step = max(1, CHUNK_BYTES * len(out) // max(1, out.nbytes))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for row in range(0, len(out), step):
+            chunk = out[row : row + step]
+            chunk[...] = source[row : row + step]
+            if not is_finite(chunk):
+                why = "" if part.data.dtype == out.dtype else f" in {out.dtype.name} (it is stored as {part.data.dtype.name})"
+                raise WeightsError(f"tensor {part.name!r} of {part.file} holds infinities or NaN{why}")
+            advance(chunk.nbytes)
+
+
+def is_finite(values: HostArray) -> bool:
+    """No exponent is all ones. Integer arithmetic: several times faster than isfinite, above all for bfloat16."""
+    bits, exponent = {
+        "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000),
+    }[values.dtype.name]
+    if not values.size:
+        return True
+    return bool((values.view(bits) & bits(exponent)).max() < exponent)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> HostArray:
+    """Uninitialised memory that XLA's CPU client can adopt."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
