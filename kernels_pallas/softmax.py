@@ -68,6 +68,7 @@ def add_chunk(
 
 
 def finish(state: SoftmaxState) -> Array:
-    """The attention output; zero for queries that saw nothing."""
+    """The attention output; zero for queries that saw nothing. NaN stays NaN: a sick sequence must be noticed."""
     total_BKQ1 = state.total_BKQ[..., None]
-    return jnp.where(total_BKQ1 > 0, state.sum_BKQH / jnp.where(total_BKQ1 > 0, total_BKQ1, 1), 0)
+    is_empty_BKQ1 = total_BKQ1 == 0
+    return jnp.where(is_empty_BKQ1, 0, state.sum_BKQH / jnp.where(is_empty_BKQ1, 1, total_BKQ1))

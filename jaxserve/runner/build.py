@@ -54,6 +54,10 @@ class ProgramBuilder:
         return self._single[1]
 
     @property
+    def admit_slot(self) -> Executable:
+        return self._single[2]
+
+    @property
     def is_ready(self) -> bool:
         return self._done.is_set() and self._failure is None
 
@@ -68,6 +72,7 @@ class ProgramBuilder:
         """Everything without buckets, and one bucket of each kind."""
         programs = self._programs
         jobs: list[Job] = [(self._single, 0, programs.reset()), (self._single, 1, programs.admit())]
+        jobs.append((self._single, 2, programs.admit_slot()))
         jobs += [(self.clear, group, programs.clear(group)) for group in range(len(self._setup.shape.groups))]
         buckets = self._setup.buckets.serving(whole_prompts=self._setup.whole_prompts)
         jobs += self._jobs(buckets.tokens, buckets.rows)
@@ -101,10 +106,7 @@ class ProgramBuilder:
 
     def _build_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None) -> None:
         buckets = self._setup.buckets
-        # The largest first: long prompts gain most. Then from small to large.
-        tokens = sorted(set(buckets.tokens) - set(self.token_buckets), key=lambda size: (size != buckets.tokens_max, size))
-        rows = sorted(set(buckets.rows) - set(self.row_buckets), key=lambda size: (size != buckets.rows_max, size))
-        jobs = self._jobs(tuple(tokens), tuple(rows))
+        jobs = self._jobs(_missing(buckets.tokens, self.token_buckets), _missing(buckets.rows, self.row_buckets))
         try:
             with progress.task("compiling the rest", len(jobs), "programs") as advance:
                 self._run(jobs, advance, threads=max(1, (os.cpu_count() or 1) // 2))
@@ -144,7 +146,14 @@ class ProgramBuilder:
                 future.result()
 
 
+def _missing(wanted: tuple[int, ...], there: tuple[int, ...]) -> tuple[int, ...]:
+    """The largest first, because long prompts gain most; then from small to large."""
+    return tuple(sorted(set(wanted) - set(there), key=lambda size: (size != wanted[-1], size)))
+
+
 def temporary_bytes(executable: Executable) -> int:
-    """Scratch memory of one run."""
+    """Memory that one run takes besides its arguments: scratch, and outputs that reuse no donated buffer."""
     analysis = executable.memory_analysis()
-    return int(analysis.temp_size_in_bytes) if analysis is not None else 0
+    if analysis is None:
+        return 0
+    return int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

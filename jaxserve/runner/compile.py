@@ -133,6 +133,8 @@ class Compiler:
 
     def _save(self, key: str, program: Program, executable: Executable) -> None:
         assert self._store is not None
+        if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+            return   # it may have come out of jax's own cache: see open_store
         try:
             payload, in_tree, out_tree = serialize_executable.serialize(executable)
         except Exception as error:  # a backend that cannot serialise only loses the quick start
@@ -163,12 +165,13 @@ class Compiler:
 
 
 def open_store(folder: Path) -> ExecutableStore:
-    """The executables under `folder`; also points jax's own cache there, for the few programs that are not ours."""
-    root = private_folder(folder)
-    jax.config.update("jax_compilation_cache_dir", str(private_folder(root / "jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return ExecutableStore(root / "executables")
+    """The executables kept under `folder`.
+
+    jax's own persistent cache is switched off: an executable that comes out of it cannot be serialised again (on the
+    CPU it loses its functions and fails when run), and this store makes it superfluous.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    return ExecutableStore(private_folder(folder) / "executables")
 
 
 def _listen(compiler: Compiler) -> None:
@@ -211,7 +214,7 @@ def _source_digest() -> str:
 
 
 def _processor() -> str:
-    """The instruction sets that XLA's CPU code may use; machine code for one processor can kill a program on another."""
+    """What XLA's CPU code was made for: on a processor that lacks an instruction the program would be killed."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

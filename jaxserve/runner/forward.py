@@ -24,13 +24,11 @@ class Sampling(NamedTuple):
 
     Attributes:
       hidden_BD: of the last token of each sampling row.  row_B: R for padding.  position_B: of the token to sample.
-      wants_logprobs: [] not 0 where any row wants them.
     """
 
     hidden_BD: Array
     row_B: Array
     position_B: Array
-    wants_logprobs: Array
 
 
 class ForwardResult(NamedTuple):
@@ -70,7 +68,6 @@ def forward(
         hidden_BD=hidden_TD[step.sample_token_B],
         row_B=step.sample_row_B,
         position_B=step.sample_position_B,
-        wants_logprobs=step.wants_logprobs,
     )
     return ForwardResult(hidden_TD=hidden_TD, sampling=sampling, kv=tuple(kv), page_RM=page_RM)
 

@@ -38,7 +38,6 @@ class StepInput(NamedTuple):
       token_T: FED_BACK where the token is the row's newest sample.
       sample_token_B: packed index of the last token of each sampling entry.
       sample_row_B: its row.  sample_position_B: the position that the sampled token will have.
-      wants_logprobs: [] 1 where any sampling row wants logprobs.
     """
 
     token_T: Array
@@ -47,7 +46,6 @@ class StepInput(NamedTuple):
     sample_token_B: Array
     sample_row_B: Array
     sample_position_B: Array
-    wants_logprobs: Array
     updates: tuple[PageUpdateArrays, ...]
     work: AttentionWork
 
@@ -71,7 +69,7 @@ class StepLayout:
         """Name -> (offset, shape)."""
         T, B = (self.tokens,), (self.rows,)
         shapes: dict[str, tuple[int, ...]] = {"token_T": T, "row_T": T, "position_T": T}
-        shapes |= {"sample_token_B": B, "sample_row_B": B, "sample_position_B": B, "wants_logprobs": ()}
+        shapes |= {"sample_token_B": B, "sample_row_B": B, "sample_position_B": B}
         for group in range(self.group_count):
             shapes |= {f"{name}.{group}": T for name in PageUpdateArrays._fields}
         shapes |= work_layout(self.tokens, self.row_count)
@@ -95,7 +93,7 @@ class StepLayout:
         }
 
 
-def pack(plan: StepPlan, layout: StepLayout, *, wants_logprobs: bool) -> I32:
+def pack(plan: StepPlan, layout: StepLayout) -> I32:
     """The one host-to-device transfer of a step."""
     packed = np.zeros(layout.size, np.int32)
     view = layout.views(packed)
@@ -116,7 +114,6 @@ def pack(plan: StepPlan, layout: StepLayout, *, wants_logprobs: bool) -> I32:
     view["sample_row_B"][:count] = plan.row_A[plan.samples_A]
     view["sample_row_B"][count:] = layout.row_count
     view["sample_position_B"][:count] = (plan.start_A + plan.count_A)[plan.samples_A]
-    view["wants_logprobs"][...] = wants_logprobs
     for group in range(layout.group_count):
         updates = plan.page_updates[group] if plan.page_updates else None
         used = 0 if updates is None else updates.row_U.shape[0]

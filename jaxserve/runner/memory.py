@@ -156,8 +156,8 @@ def grant_pages(
     capacity = page_count * page_size
     if length_wanted is not None and length_wanted > capacity:
         raise CapacityError(
-            f"max-model-len {length_wanted:,} needs {-(-length_wanted // page_size):,} KV pages, and {page_count:,} fit: "
-            f"lower --max-model-len to at most {capacity:,}, or raise "
+            f"max-model-len {length_wanted:,} needs {-(-length_wanted // page_size):,} KV pages, and {page_count:,} "
+            f"fit: lower --max-model-len to at most {capacity:,}, or raise "
             f"{'--kv-cache-memory-bytes' if pool_bytes < table.left_bytes else '--gpu-memory-utilization'}.\n"
             + "\n".join(replace(table, page_count=page_count, length_max=length_wanted).lines())
         )
@@ -166,7 +166,9 @@ def grant_pages(
 
 def _refusal(table: MemoryTable, pool_bytes_wanted: int | None) -> CapacityError:
     if pool_bytes_wanted is not None and pool_bytes_wanted < table.page_bytes:
-        reason = f"kv-cache-memory-bytes {pool_bytes_wanted:,} is less than one page ({table.page_bytes:,} bytes): raise it."
+        reason = (
+            f"kv-cache-memory-bytes {pool_bytes_wanted:,} is less than one page ({table.page_bytes:,} bytes): raise it."
+        )
     elif pool_bytes_wanted is not None:
         reason = (
             f"kv-cache-memory-bytes {pool_bytes_wanted:,} does not fit: {max(0, table.left_bytes):,} bytes are left "

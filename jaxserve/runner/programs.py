@@ -1,7 +1,7 @@
 """The programs of a runner: each pure function with its abstract arguments, donations and placements.
 
 Knows shapes; compiles nothing. Four kinds: forward (a T bucket each), sample (a B bucket each), score (a T bucket
-each), and the ones without buckets: reset, admit, clear.
+each), and the ones without buckets: reset, admit, admit_slot, clear.
 Invariant: |T buckets| + |B buckets| programs cover every step, because nothing depends on both.
 """
 
@@ -20,11 +20,13 @@ from jaxserve.runner import kv_cache, rows
 from jaxserve.runner.compile import Program
 from jaxserve.runner.forward import ForwardResult, Sampling, forward
 from jaxserve.runner.inputs import StepLayout
-from jaxserve.runner.sample import logprob_structure, sample_step, sample_structure, score_step
-from jaxserve.runner.sampling import RowState
+from jaxserve.runner.row_state import RowState
+from jaxserve.runner.sample import sample_step, score_step
+from jaxserve.runner.sampling import Logprobs, Sampled
 from jaxserve.runner.setup import RunnerSetup
 from kernels_pallas.storage import storage_dtype
 
+LOGPROBS = Logprobs(0, 0, 0, 0)     # type: ignore[arg-type] # only its structure matters
 CLEAR_PAGES = 16    # pages that one clear zeroes
 
 
@@ -36,7 +38,10 @@ class ProgramSet:
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype)
         leaves, self._tree = jax.tree.flatten(params)
         self._leaves = tuple(
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or setup.replicated) for leaf in leaves
+            jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or setup.replicated
+            )
+            for leaf in leaves
         )
         self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)
         self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
@@ -50,7 +55,7 @@ class ProgramSet:
         }
         self._sampling = Sampling(
             hidden_BD=self._array(B, setup.spec.width, dtype=setup.dtype),
-            row_B=self._array(B), position_B=self._array(B), wants_logprobs=self._array(),
+            row_B=self._array(B), position_B=self._array(B),
         )
 
     def layout(self, tokens: int) -> StepLayout:
@@ -78,7 +83,7 @@ class ProgramSet:
                 sample_step, model=self._model, tree=self._tree, count=count, alternatives=alternatives, mode=mode
             ),
             (self._leaves, self._sampling, self._rows),
-            (self._rows, sample_structure()), donated=(2,), closes_over=(mode, alternatives),
+            (self._rows, Sampled(0, 0, LOGPROBS)), donated=(2,), closes_over=(mode, alternatives),
         )
 
     def score(self, tokens: int) -> Program:
@@ -89,7 +94,7 @@ class ProgramSet:
             f"score_T{tokens}",
             functools.partial(score_step, model=self._model, tree=self._tree, alternatives=alternatives),
             (self._leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
-            logprob_structure(), closes_over=alternatives,
+            LOGPROBS, closes_over=alternatives,
         )
 
     def admit(self) -> Program:
@@ -98,6 +103,11 @@ class ProgramSet:
         return self._program(
             "admit", rows.admit, (self._rows, self._tables, admission), (self._rows, self._tables), donated=(0, 1)
         )
+
+    def admit_slot(self) -> Program:
+        """Writes one shaping slot."""
+        slot = self._placed(rows.abstract_slot(self._setup.shape))
+        return self._program("admit_slot", rows.admit_slot, (self._rows, slot), self._rows, donated=(0,))
 
     def clear(self, group: int) -> Program:
         """Zeroes at most CLEAR_PAGES pages of one KV group."""

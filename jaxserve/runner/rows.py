@@ -1,58 +1,80 @@
-"""Admission of sequences to rows: their sampling state and page tables, written in fixed batches by one program.
+"""Admission of sequences to rows: sampling state and page tables, written in fixed batches by compiled programs.
 
-Knows no step and no model. Invariant: an admission overwrites everything its row held; padding rows (R) write
-nothing.
+Joins `row_state` and page tables; knows no step and no model. Invariant: an admission overwrites everything its row
+held; padding rows (R) write nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax import Array
+from numpy.typing import NDArray
 
 from jaxserve.core.plan import RowAdmission, RunnerShape
-from jaxserve.runner import sampling
+from jaxserve.core.sampling_params import SamplingParams
+from jaxserve.runner import row_state
 from jaxserve.runner.kv_cache import page_index_max
-from jaxserve.runner.sampling import RowState
+from jaxserve.runner.row_state import RowState
 
 ADMIT_ROWS = 8      # rows that one admit writes
 
+Arrays = dict[str, NDArray[np.generic]]
+
 
 class Admission(NamedTuple):
-    """What `admit` writes for ADMIT_ROWS rows.
+    """What `admit` writes: for `row_state.admit`, and one page table a KV group."""
 
-    Attributes:
-      row_A: R for padding.  page_AM: one table a KV group.  state: for `sampling.admit`.
-    """
-
-    row_A: Array
-    page_AM: tuple[Array, ...]
-    state: Any
+    state: Arrays
+    page_AM: tuple[NDArray[np.int32], ...]
 
 
 def empty(shape: RunnerShape) -> RowState:
     """The state of all rows before anyone is admitted."""
-    return sampling.empty_rows(row_count=shape.row_count, slot_count=shape.slot_count, vocab_size=shape.vocab_size)
+    return row_state.empty_rows(
+        row_count=shape.row_count, slot_count=shape.slot_count, vocab_size=shape.vocab_size
+    )
 
 
 def pack(admissions: Sequence[RowAdmission], shape: RunnerShape) -> Admission:
     """At most ADMIT_ROWS admissions as arrays of fixed shapes."""
-    assert len(admissions) <= ADMIT_ROWS, len(admissions)
-    row_A = np.full(ADMIT_ROWS, shape.row_count, np.int32)
-    row_A[: len(admissions)] = [admission.row for admission in admissions]
     tables = tuple(np.zeros((ADMIT_ROWS, page_index_max(shape)), np.int32) for _ in shape.groups)
     for entry, admission in enumerate(admissions):
         for page_AM, pages in zip(tables, admission.pages, strict=True):
-            page_AM[entry, : len(pages)] = pages
-    return Admission(row_A=row_A, page_AM=tables, state=sampling.pack_admission(admissions, shape.row_count, ADMIT_ROWS))
+            # A page that has slid out of a window is -1 on the host; no position looks there, but an index must be one.
+            page_AM[entry, : len(pages)] = np.maximum(pages, 0)
+    state = row_state.pack_admission(admissions, shape.row_count, ADMIT_ROWS)
+    return Admission(state=state, page_AM=tables)
 
 
-def admit(rows: RowState, page_RM: tuple[Array, ...], admission: Admission) -> tuple[RowState, tuple[Array, ...]]:
+def pack_slot(admission: RowAdmission, shape: RunnerShape) -> Arrays:
+    """One admission's shaping slot."""
+    return row_state.pack_slot(admission, vocab_size=shape.vocab_size)
+
+
+def abstract_slot(shape: RunnerShape) -> Arrays:
+    """Arrays of the shapes that `pack_slot` gives."""
+    blank = RowAdmission(
+        row=0, params=SamplingParams(), seed=0, choice=0, prompt_length=0, token_ids=np.zeros(0, np.int32), pages=(),
+        slot=0,
+    )
+    return pack_slot(blank, shape)
+
+
+def admit(
+    rows: RowState, page_RM: tuple[Array, ...], admission: Admission
+) -> tuple[RowState, tuple[Array, ...]]:
     """Writes state and page tables of the admitted rows."""
+    row_A = admission.state["row"]
     tables = tuple(
-        table_RM.at[admission.row_A].set(page_AM, mode="drop")
+        table_RM.at[row_A].set(page_AM, mode="drop")
         for table_RM, page_AM in zip(page_RM, admission.page_AM, strict=True)
     )
-    return sampling.admit(rows, admission.state), tables
+    return row_state.admit(rows, admission.state), tables
+
+
+def admit_slot(rows: RowState, slot: dict[str, Array]) -> RowState:
+    """Writes one shaping slot."""
+    return row_state.admit_slot(rows, slot)

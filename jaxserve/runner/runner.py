@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import jax
@@ -23,17 +24,28 @@ from jaxserve.core.errors import EngineError, StepAllocationError
 from jaxserve.core.plan import I32, LogprobArrays, RunnerShape, RunnerStats, StepLimits, StepPlan, StepResult
 from jaxserve.core.progress import ProgressPort
 from jaxserve.layers.context import LayerKv
+from jaxserve.runner import rows
 from jaxserve.runner.buckets import holder
 from jaxserve.runner.build import ProgramBuilder
+from jaxserve.runner.compile import CompileStats
 from jaxserve.runner.inputs import pack
 from jaxserve.runner.kv_cache import page_index_max
-from jaxserve.runner import rows
 from jaxserve.runner.programs import CLEAR_PAGES, ProgramSet
-from jaxserve.runner.sample import LogprobResult, SampleResult
-from jaxserve.runner.sampling import RowState
+from jaxserve.runner.row_state import RowState
+from jaxserve.runner.sampling import Logprobs, Sampled
 from jaxserve.runner.setup import RunnerSetup
 
 logger = logging.getLogger("jaxserve.runner")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchTiming:
+    """Host seconds of one launch."""
+
+    check_s: float = 0.0
+    admit_s: float = 0.0
+    pack_s: float = 0.0
+    dispatch_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -55,6 +67,7 @@ class Runner:
         self._builder = ProgramBuilder(setup, self._programs)
         self._wants_logprobs_R = np.zeros(setup.shape.row_count, bool)
         self._state: DeviceState | None = None
+        self.last_launch = LaunchTiming()
 
     @classmethod
     def create(cls, *, setup: RunnerSetup, params: Any) -> Runner:
@@ -71,6 +84,15 @@ class Runner:
     def compile_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None = None) -> None:
         """Compiles every other bucket in background threads; `on_ready` is called from one of them at the end."""
         self._builder.build_rest(progress, on_ready)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The most memory that any program so far takes while it runs, besides its arguments."""
+        return self._builder.temporary_bytes
+
+    @property
+    def compile_stats(self) -> CompileStats:
+        return self._builder.compiler.stats
 
     @property
     def is_ready(self) -> bool:
@@ -101,13 +123,17 @@ class Runner:
         )
 
     def launch(self, plan: StepPlan) -> PendingDeviceStep:
+        start_s = perf_counter()
         self._check(plan)
+        checked_s = perf_counter()
         with translated_errors():
             self._admit(plan)
+            admitted_s = perf_counter()
             state, built = self._live(), self._builder
             tokens = holder(built.token_buckets, plan.token_count)
             wants_logprobs = bool(self._wants_logprobs_R[plan.row_A[plan.samples_A]].any())
-            packed = pack(plan, self._programs.layout(tokens), wants_logprobs=wants_logprobs)
+            packed = pack(plan, self._programs.layout(tokens))
+            packed_s = perf_counter()
             forward = built.forward[tokens](
                 self._leaves, state.kv, state.page_RM, state.rows.last_token_R, self._put(packed)
             )
@@ -116,12 +142,16 @@ class Runner:
             if plan.sample_count:
                 bucket = holder(built.row_buckets, plan.sample_count)
                 state.rows, sampled = built.sample[bucket](self._leaves, forward.sampling, state.rows)
-                _start_copy(sampled if wants_logprobs else sampled._replace(logprobs=None))
+                _start_copy(sampled if wants_logprobs else sampled[:2])
             if plan.scores_A.any():
                 target_T = np.full(tokens, -1, np.int32)
                 target_T[: plan.token_count] = plan.score_target_T
                 scored = built.score[tokens](self._leaves, forward.hidden_TD, self._put(target_T))
                 _start_copy(scored)
+        self.last_launch = LaunchTiming(
+            check_s=checked_s - start_s, admit_s=admitted_s - checked_s, pack_s=packed_s - admitted_s,
+            dispatch_s=perf_counter() - packed_s,
+        )
         return PendingDeviceStep(plan, forward.sampling.row_B, sampled, scored, wants_logprobs)
 
     def clear_pages(self, group: int, pages: I32) -> None:
@@ -156,6 +186,9 @@ class Runner:
                 state.rows, state.page_RM, self._put(rows.pack(batch, self.shape))
             )
             for admission in batch:
+                if admission.slot >= 0:
+                    slot = rows.pack_slot(admission, self.shape)
+                    state.rows = self._builder.admit_slot(state.rows, self._put(slot))
                 self._wants_logprobs_R[admission.row] = admission.params.logprobs is not None
 
     def _live(self) -> DeviceState:
@@ -174,7 +207,9 @@ class Runner:
         _check_bounds("position", plan.start_A + plan.count_A - 1, shape.length_max)
         _check_bounds("token", plan.token_T, shape.vocab_size)
         if not 0 < plan.token_count <= limits.tokens_max or plan.sample_count > limits.samples_max:
-            raise ValueError(f"a step of {plan.token_count} tokens and {plan.sample_count} samples; now it holds {limits}")
+            raise ValueError(
+                f"a step of {plan.token_count} tokens and {plan.sample_count} samples is beyond {limits}"
+            )
         for group, updates in zip(shape.groups, plan.page_updates, strict=False):
             _check_bounds("row", updates.row_U, shape.row_count)
             _check_bounds("page", updates.page_U, group.page_count)
@@ -187,7 +222,7 @@ class PendingDeviceStep:
     __slots__ = ("_forwarded", "_plan", "_sampled", "_scored", "_wants_logprobs")
 
     def __init__(
-        self, plan: StepPlan, forwarded: Array, sampled: SampleResult | None, scored: LogprobResult | None,
+        self, plan: StepPlan, forwarded: Array, sampled: Sampled | None, scored: Logprobs | None,
         wants_logprobs: bool,
     ) -> None:
         self._plan, self._forwarded, self._sampled, self._scored = plan, forwarded, sampled, scored
@@ -232,7 +267,7 @@ def _start_copy(results: Any) -> None:
         leaf.copy_to_host_async()
 
 
-def _spread(found: LogprobResult, where: NDArray[np.bool_], count: int, *, packed: bool = False) -> LogprobArrays:
+def _spread(found: Logprobs, where: NDArray[np.bool_], count: int, *, packed: bool = False) -> LogprobArrays:
     """Logprobs in the plan's order, zeros where `where` is false.
 
     Args:

@@ -7,6 +7,7 @@ Invariant: everything that could fail for want of memory has been weighed here, 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from jaxserve.runner.kv_cache import abstract_tables
 from jaxserve.runner.memory import device_budget, grant_pages
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import RunnerSetup
+
+logger = logging.getLogger("jaxserve.start")
 
 SHAPING_SLOTS_MAX = 32          # rows at once with penalties, bias, bad words or allowed ids: 10 bytes x V each
 PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
@@ -94,7 +97,7 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
     length, scheduler = config.model.max_model_len, config.scheduler
     if length is not None and length > spec.context_length:
         raise ConfigError(
-            f"max-model-len {length} is above the {spec.context_length} positions that the model was made for; lower it."
+            f"max-model-len {length} is above the {spec.context_length} positions of the model: lower it."
         )
     if length is None and not scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens is not None:
         return min(spec.context_length, scheduler.max_num_batched_tokens)
@@ -147,7 +150,8 @@ def _device_bytes(params: Any) -> int:
     """Bytes of the parameters on one device."""
     sizes = []
     for leaf in jax.tree.leaves(params):
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape
         sizes.append(int(np.prod(shape)) * leaf.dtype.itemsize)
     return sum(sizes)
 
@@ -157,4 +161,11 @@ def _tree_bytes(tree: Any) -> int:
 
 
 def _store(folder: str | None) -> ExecutableStore | None:
-    return open_store(Path(folder).expanduser() if folder else default_folder())
+    """The store the user named, which must work, or the default one, which may not (a read-only home)."""
+    if folder is not None:
+        return open_store(Path(folder).expanduser())
+    try:
+        return open_store(default_folder())
+    except ConfigError as error:
+        logger.warning("compiled programs are not kept, so every start compiles: %s", error)
+        return None

@@ -1,0 +1,96 @@
+"""How memory is shared out, and how buckets are chosen: arithmetic only."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxserve.core.errors import CapacityError, ConfigError
+from jaxserve.runner.buckets import Buckets, choose_buckets, holder
+from jaxserve.runner.memory import Budget, grant_pages
+from tests.device.tiny import tiny_spec
+
+MIB = 1 << 20
+PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 2        # the tiny model's pages of 16 slots in two bytes: 4096
+
+
+def grant(**changes: object):
+    wanted: dict[str, object] = {
+        "spec": tiny_spec(), "budget": Budget(total_bytes=100 * MIB, budget_bytes=90 * MIB, reserve_bytes=10 * MIB),
+        "weight_bytes": 50 * MIB, "temporary_bytes": 10 * MIB, "state_bytes": MIB, "page_size": 16, "itemsize": 2,
+        "row_count": 10_000, "length_wanted": None, "pool_bytes_wanted": None,
+    }
+    return grant_pages(**(wanted | changes))  # type: ignore[arg-type]
+
+
+def test_the_pool_is_what_is_left_on_a_coarse_grid():
+    table = grant()
+    assert table.page_bytes == PAGE_BYTES
+    assert table.left_bytes == 19 * MIB
+    assert table.page_count == 4864, "19 MiB / 4 KiB = 4864 = 19 * 256: five bits"
+    assert grant(weight_bytes=50 * MIB - 100_000).page_count == table.page_count, "a little more free, the same shapes"
+    assert table.pool_bytes <= table.left_bytes
+    assert table.length_max == 64 and table.concurrency == 4864 * 16 / 64
+
+
+def test_no_more_pages_than_sequences_can_use():
+    assert grant(row_count=3).page_count == 3 * 4
+
+
+def test_a_given_pool_size_is_obeyed_or_refused():
+    assert grant(pool_bytes_wanted=100 * PAGE_BYTES).page_count == 100
+    with pytest.raises(CapacityError, match="does not fit: 19,922,944 bytes are left"):
+        grant(pool_bytes_wanted=20 * MIB)
+    with pytest.raises(CapacityError, match="less than one page"):
+        grant(pool_bytes_wanted=100)
+
+
+def test_the_longest_sequence_is_what_fits():
+    assert grant(pool_bytes_wanted=2 * PAGE_BYTES).length_max == 32
+    with pytest.raises(CapacityError, match="at most 32") as refused:
+        grant(pool_bytes_wanted=2 * PAGE_BYTES, length_wanted=60)
+    assert "weights" in str(refused.value) and "KV pages" in str(refused.value), "the refusal carries the table"
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_table():
+    with pytest.raises(CapacityError, match="nothing is left for KV pages") as refused:
+        grant(weight_bytes=80 * MIB)
+    assert "weights" in str(refused.value) and "reserve" in str(refused.value)
+
+
+def test_a_default_pool_yields_to_what_is_left():
+    budget = Budget(total_bytes=100 * MIB, budget_bytes=90 * MIB, reserve_bytes=10 * MIB, pool_bytes_default=4 * MIB)
+    assert grant(budget=budget).page_count == 1024
+    assert grant(budget=budget, weight_bytes=67 * MIB).page_count == 512
+
+
+def test_buckets_are_few_and_end_at_the_maxima():
+    buckets = choose_buckets(tokens_max=1000, rows_max=48, is_eager=False)
+    assert buckets.tokens == (2, 8, 16, 32, 64, 128, 256, 512, 1000)
+    assert buckets.rows == (2, 8, 16, 32, 48)
+    assert choose_buckets(tokens_max=1000, rows_max=48, is_eager=True) == Buckets(tokens=(64, 1000), rows=(48,))
+    assert choose_buckets(tokens_max=1, rows_max=1, is_eager=False) == Buckets(tokens=(2,), rows=(2,))
+    assert [holder(buckets.tokens, count) for count in (1, 2, 3, 64, 65, 1000)] == [2, 2, 8, 64, 128, 1000]
+    with pytest.raises(ValueError, match="above the largest"):
+        holder(buckets.tokens, 1001)
+
+
+def test_the_serving_set_is_one_bucket_of_each_kind():
+    buckets = choose_buckets(tokens_max=512, rows_max=64, is_eager=False)
+    assert buckets.serving(whole_prompts=False) == Buckets(tokens=(64,), rows=(8,))
+    assert buckets.serving(whole_prompts=True) == Buckets(tokens=(512,), rows=(8,))
+
+
+def test_sizes_that_contradict_each_other_are_refused(tmp_path):
+    from dataclasses import replace
+
+    from tests.device.tiny import tiny_config, tiny_params, tiny_setup
+
+    spec = tiny_spec()
+    params, config = tiny_params(spec), tiny_config(store=tmp_path / "store")
+    with pytest.raises(ConfigError, match="max-num-batched-tokens 4 is less than max-num-seqs 8"):
+        tiny_setup(spec, params, replace(config, scheduler=replace(config.scheduler, max_num_batched_tokens=4)))
+    with pytest.raises(ConfigError, match="max-model-len 65 is above the 64"):
+        tiny_setup(spec, params, replace(config, model=replace(config.model, max_model_len=65)))
+    whole = replace(config.scheduler, enable_chunked_prefill=False)
+    with pytest.raises(ConfigError, match="chunked prefill is off"):
+        tiny_setup(spec, params, replace(config, scheduler=whole))
