@@ -27,6 +27,7 @@ from jaxserve.progress import ConsoleProgress
 logger = logging.getLogger("jaxserve.engine")
 
 BEAT_S = 1.0   # an engine without outputs says it is alive this often
+STALL_S = 0.05  # how often to look whether the buckets that the waiting work needs are compiled by now
 
 _GONE = object()
 
@@ -80,9 +81,9 @@ def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.S
     told_s = 0.0
     while True:
         outputs: list[SequenceOutput] = []
-        is_idle = not loop.has_work
+        wait_s = STALL_S if loop.is_stalled else 0.0 if loop.has_work else BEAT_S
         try:
-            message = inbox.get(timeout=BEAT_S) if is_idle else inbox.get_nowait()
+            message = inbox.get(timeout=wait_s) if wait_s else inbox.get_nowait()
             while True:
                 if message is _GONE or isinstance(message, Shutdown):
                     return

@@ -1,0 +1,194 @@
+"""The composition root of the data plane: configuration in, a running engine out. The only file that joins mesh,
+weights, runner and loop; the engine process and the offline `LLM` both start here.
+
+Invariant: everything that can be refused is refused before weights are read, and the device allocator's settings
+are made before jax is imported: they are the one thing the environment decides.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.core.clock import MonotonicClock
+from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.progress import NoProgress, ProgressPort
+from jaxserve.core.request import EngineInfo, EngineStats
+from jaxserve.engine.loop import EngineLoop
+from jaxserve.start_report import StartReport
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxserve.runner.runner import Runner
+    from jaxserve.runner.setup import RunnerSetup
+
+logger = logging.getLogger("jaxserve.start")
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalEngine:
+    """An engine in this process. Mutable: owns the device until `close`."""
+
+    loop: EngineLoop
+    runner: Runner
+    info: EngineInfo
+    folder: Path
+    report: StartReport
+    _progress: ProgressPort = field(default_factory=NoProgress)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.loop.stats
+
+    def compile_rest(self, on_ready: Callable[[], None] | None = None) -> None:
+        """Compiles every other bucket in the background; `on_ready` is called from there at the end."""
+        begin_s = time.monotonic()
+
+        def ready() -> None:
+            seconds, stats = time.monotonic() - begin_s, self.runner.compile_stats
+            logger.info(
+                "ready: %d programs, %d of them compiled by this start; the rest took %.1f s in the background",
+                stats.compiled_count + stats.loaded_count, stats.compiled_count, seconds,
+            )
+            if on_ready is not None:
+                on_ready()
+
+        self.runner.compile_rest(self._progress, ready)
+
+    def close(self) -> None:
+        """Drops all work and frees the device."""
+        self.loop.close()
+
+
+def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) -> LocalEngine:
+    """An engine that serves with its smallest buckets; `compile_rest` brings the others.
+
+    Raises ConfigError, ModelError or CapacityError where it cannot be.
+    """
+    progress = progress or NoProgress()
+    _set_allocator(config)
+    seconds: dict[str, float] = {}
+    with _phase(progress, seconds, "downloading", "download"):
+        from jaxserve.weights.source import locate
+
+        folder = locate(
+            config.model.model, revision=config.model.revision, token=config.model.hf_token,
+            download_dir=config.load.download_dir, with_weights=config.load.load_format != "dummy",
+        )
+    with _phase(progress, seconds, "loading", "load"):
+        from jaxserve.models.registry import read_spec
+
+        spec = read_spec(folder, config.model.hf_overrides)
+        mesh, dtype = _place(config, spec)
+        setup = _plan(config, spec, mesh, dtype)
+        params = _params(config, spec, folder, mesh, dtype, progress)
+    with _phase(progress, seconds, "compiling", "compile"):
+        from jaxserve.runner.runner import Runner
+
+        runner = Runner.create(setup=setup, params=params)
+        del params
+        runner.compile_serving_set(progress)
+    scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
+    loop = EngineLoop(runner, config=scheduler, cache=config.cache, clock=MonotonicClock())
+    report = _report(config, spec, setup, runner, dtype, seconds)
+    return LocalEngine(
+        loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report, _progress=progress
+    )
+
+
+def _set_allocator(config: EngineConfig) -> None:
+    """Tells XLA how much of a GPU it may take; a value the user set in the environment stands."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.cache.gpu_memory_utilization))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")   # XLA's start-up chatter
+
+
+@contextmanager
+def _phase(progress: ProgressPort, seconds: dict[str, float], name: str, label: str) -> Iterator[None]:
+    progress.phase(name)
+    begin_s = time.monotonic()
+    yield
+    seconds[label] = time.monotonic() - begin_s
+
+
+def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, str]:
+    """The mesh, and the type to compute in."""
+    import jax
+
+    from jaxserve.models.precision import compute_dtype
+    from jaxserve.sharding.mesh import make_mesh
+
+    mesh = make_mesh(jax.devices(), config.parallel.tensor_parallel_size)
+    dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
+    if remark:
+        logger.warning("%s", remark)
+    return mesh, dtype
+
+
+def _plan(config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str) -> RunnerSetup:
+    from jaxserve.models.decoder import abstract_params
+    from jaxserve.runner.start import plan_memory
+
+    return plan_memory(spec=spec, params=abstract_params(spec, dtype, mesh), mesh=mesh, dtype=dtype, config=config)
+
+
+def _params(
+    config: EngineConfig, spec: ModelSpec, folder: Path, mesh: jax.sharding.Mesh, dtype: str, progress: ProgressPort
+) -> dict[str, Any]:
+    if config.load.load_format == "dummy":
+        from jaxserve.weights.random import random_params
+
+        return random_params(spec, mesh, dtype, config.model.seed)
+    from jaxserve.weights.loader import load_params
+
+    return load_params(spec, folder, mesh, dtype, progress)
+
+
+def _info(config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, dtype: str) -> EngineInfo:
+    shape, cache = setup.shape, config.cache
+    page_count = sum(group.page_count for group in shape.groups)
+    labels = {
+        "block_size": shape.page_size, "num_gpu_blocks": page_count, "cache_dtype": dtype,
+        "gpu_memory_utilization": cache.gpu_memory_utilization, "enable_prefix_caching": cache.enable_prefix_caching,
+        "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
+    }
+    return EngineInfo(
+        model=config.model.model, vocab_size=spec.vocab_size, max_model_len=shape.length_max,
+        page_size=shape.page_size, page_count=page_count, dtype=dtype, row_count=shape.row_count,
+        cache_config={name: str(value) for name, value in labels.items()},
+    )
+
+
+def _report(
+    config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, runner: Runner, dtype: str, seconds: dict[str, float]
+) -> StartReport:
+    import math
+
+    import jax
+
+    from jaxserve.models.decoder import abstract_params
+
+    memory, devices = setup.memory, setup.devices
+    if memory is None:
+        raise ConfigError("memory was not planned")
+    stats, buckets = runner.compile_stats, setup.buckets
+    return StartReport(
+        model=config.model.model, family=spec.family,
+        parameter_count=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec, dtype))),
+        dtype=dtype, devices=f"{len(devices)} x {devices[0].device_kind}",
+        mesh=", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items()),
+        weight_bytes=memory.weight_bytes, temporary_bytes=runner.temporary_bytes, page_count=memory.page_count,
+        page_size=memory.page_size, page_bytes=memory.page_bytes, max_model_len=memory.length_max,
+        row_count=setup.shape.row_count, tokens_max=buckets.tokens_max,
+        buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
+        compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest follows in the background",
+        seconds=seconds,
+    )
