@@ -65,7 +65,7 @@ class ProgramBuilder:
     def temporary_bytes(self) -> int:
         """The most scratch memory that any program so far takes while it runs."""
         with self._lock:
-            built = [*self.forward.values(), *self.sample.values(), *self.score.values(), *self._single.values()]
+            built = [*self.forward.values(), *self.sample.values(), *self.score.values()]
         return max((temporary_bytes(executable) for executable in built), default=0)
 
     def build_serving_set(self, progress: ProgressPort) -> None:

@@ -25,7 +25,7 @@ from jaxserve.core.plan import I32, LogprobArrays, RunnerShape, RunnerStats, Ste
 from jaxserve.core.progress import ProgressPort
 from jaxserve.layers.context import LayerKv
 from jaxserve.runner import rows
-from jaxserve.runner.buckets import holder
+from jaxserve.runner.buckets import Buckets, holder
 from jaxserve.runner.build import ProgramBuilder
 from jaxserve.runner.compile import CompileStats
 from jaxserve.runner.inputs import pack
@@ -84,6 +84,11 @@ class Runner:
     def compile_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None = None) -> None:
         """Compiles every other bucket in background threads; `on_ready` is called from one of them at the end."""
         self._builder.build_rest(progress, on_ready)
+
+    @property
+    def buckets(self) -> Buckets:
+        """Every bucket, compiled or not yet."""
+        return self._setup.buckets
 
     @property
     def temporary_bytes(self) -> int:

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Where the time of a step goes: host seconds (plan, pack, dispatch, commit) by number of rows, device seconds a bucket.
+
+Turns the engine's own loop in this process, without HTTP and without text. Prints medians; `--json` for machines.
+
+    python scripts/bench_step.py --model ~/.cache/jaxserve/models/SmolLM2-135M-Instruct --dtype float32
+    python scripts/bench_step.py --model FOLDER_WITH_CONFIG --load-format dummy --rows 1 16 64 --context 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.core.clock import MonotonicClock
+from jaxserve.core.config import (
+    CacheConfig,
+    CompilationConfig,
+    EngineConfig,
+    LoadConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from jaxserve.core.plan import PageUpdates, StepPlan
+from jaxserve.core.progress import NoProgress
+from jaxserve.core.request import EngineRequest
+from jaxserve.core.sampling_params import SamplingParams
+from jaxserve.engine.loop import EngineLoop
+from jaxserve.models.decoder import abstract_params
+from jaxserve.models.registry import read_spec
+from jaxserve.runner.runner import Runner
+from jaxserve.runner.start import plan_memory
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.weights.loader import load_params
+from jaxserve.weights.random import random_params
+
+WARM_STEPS = 8
+
+
+def main() -> None:
+    options = _options()
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
+    runner, seconds = start(options)
+    config = EngineConfig(model=ModelConfig(model=options.model))
+    report: dict[str, object] = {
+        "model": Path(options.model).name, "dtype": options.dtype, "device": jax.devices()[0].device_kind,
+        "start_s": seconds, "host_ms": {}, "device_ms": {},
+    }
+    for rows in options.rows:
+        report["host_ms"][rows] = host_times(runner, config, rows, options)    # type: ignore[index]
+    for tokens in runner.buckets.tokens:
+        report["device_ms"][tokens] = prefill_ms(runner, tokens, options.repeats)   # type: ignore[index]
+    stats = runner.stats
+    report["compiled_after_ready"] = stats.compiled_after_ready_count
+    runner.close()
+    print(json.dumps(report, indent=1) if options.json else _table(report))
+
+
+def start(options: argparse.Namespace) -> tuple[Runner, dict[str, float]]:
+    """A runner with every bucket compiled, and what that took."""
+    folder, mesh = Path(options.model).expanduser(), make_mesh(jax.devices())
+    spec, dtype = read_spec(folder), jnp.dtype(options.dtype)
+    rows_max = max(options.rows)
+    config = EngineConfig(
+        model=ModelConfig(model=str(folder)), load=LoadConfig(load_format=options.load_format),
+        scheduler=SchedulerConfig(max_num_seqs=rows_max, max_num_batched_tokens=options.tokens_max),
+        cache=CacheConfig(kv_cache_memory_bytes=options.kv_cache_memory_bytes),
+        compilation=CompilationConfig(compilation_cache_dir=options.compilation_cache_dir),
+    )
+    began = time.perf_counter()
+    setup = plan_memory(
+        spec=spec, params=abstract_params(spec, dtype, mesh), mesh=mesh, dtype=dtype, config=config
+    )
+    planned = time.perf_counter()
+    if options.load_format == "dummy":
+        params = random_params(spec, mesh, dtype)
+    else:
+        params = load_params(spec, folder, mesh, dtype)
+    loaded = time.perf_counter()
+    runner = Runner.create(setup=setup, params=params)
+    runner.compile_serving_set(NoProgress())
+    serving = time.perf_counter()
+    runner.compile_rest(NoProgress())
+    runner.wait_ready()
+    ready = time.perf_counter()
+    stats = runner.compile_stats
+    return runner, {
+        "plan": planned - began, "load": loaded - planned, "serving": serving - loaded, "ready": ready - loaded,
+        "lower": stats.lower_s, "compile": stats.compile_s, "read": stats.load_s,
+        "programs": stats.compiled_count + stats.loaded_count, "compiled": stats.compiled_count,
+    }
+
+
+def host_times(runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of a decode step with `rows` sequences of about `--context` tokens."""
+    loop = EngineLoop(runner, config=config.scheduler, cache=config.cache, clock=MonotonicClock())
+    rng = np.random.default_rng(0)
+    count = WARM_STEPS + options.steps
+    for index in range(rows):
+        prompt = rng.integers(0, runner.shape.vocab_size, options.context).tolist()
+        loop.add(EngineRequest(
+            request_id=str(index), prompt_token_ids=tuple(prompt),
+            params=SamplingParams(temperature=options.temperature, max_tokens=count + rows * 4, ignore_eos=True),
+        ))
+    while loop.stats.generation_tokens < rows * 2:
+        loop.step()
+    samples: dict[str, list[float]] = {}
+    for step in range(count):
+        began = time.perf_counter()
+        loop.step()
+        whole, timing, launch = time.perf_counter() - began, loop.last_timing, runner.last_launch
+        if step < WARM_STEPS:
+            continue
+        spent = {
+            "plan": timing.plan_s, "check": launch.check_s, "pack": launch.pack_s, "dispatch": launch.dispatch_s,
+            "commit": timing.commit_s, "wait": timing.wait_s, "step": whole,
+        }
+        spent["host"] = whole - timing.wait_s
+        for name, seconds in spent.items():
+            samples.setdefault(name, []).append(seconds * 1e3)
+    loop.abort([str(index) for index in range(rows)])
+    while loop.has_work:
+        loop.step()
+    loop.flush_prefix_cache()
+    return {name: round(median(values), 3) for name, values in samples.items()}
+
+
+def prefill_ms(runner: Runner, tokens: int, repeats: int) -> float:
+    """Median milliseconds of a step that prefills one chunk of `tokens`, sampling nothing."""
+    shape = runner.shape
+    pages = -(-tokens // shape.page_size)
+    index_U = np.arange(pages, dtype=np.int32)
+    zero_T, false_A = np.zeros(tokens, np.int32), np.zeros(1, bool)
+    plan = StepPlan(
+        step=0, row_A=np.zeros(1, np.int32), start_A=np.zeros(1, np.int32), count_A=np.array([tokens], np.int32),
+        from_row_A=false_A, samples_A=false_A, scores_A=false_A, token_T=zero_T, score_target_T=zero_T - 1,
+        decode_count=0,
+        page_updates=tuple(
+            PageUpdates(row_U=np.zeros(pages, np.int32), index_U=index_U, page_U=index_U) for _ in shape.groups
+        ),
+    )
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        runner.launch(plan).result()
+        times.append((time.perf_counter() - began) * 1e3)
+    return round(median(times[1:]), 3)
+
+
+def _table(report: dict[str, object]) -> str:
+    lines = [f"{report['model']} {report['dtype']} on {report['device']}"]
+    lines.append("start, seconds: " + "  ".join(f"{k} {v:.2f}" for k, v in report["start_s"].items()))   # type: ignore
+    for rows, times in report["host_ms"].items():                                                        # type: ignore
+        lines.append(f"{rows:4} rows, ms: " + "  ".join(f"{name} {value:.3f}" for name, value in times.items()))
+    for tokens, ms in report["device_ms"].items():                                                       # type: ignore
+        lines.append(f"prefill of {tokens:5} tokens: {ms:9.2f} ms  {tokens / ms * 1e3:9.0f} tokens/s")
+    lines.append(f"compiled after ready: {report['compiled_after_ready']}")
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a checkpoint")
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3, help="of each prefill")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--tokens-max", type=int, default=None, help="--max-num-batched-tokens")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, default=None)
+    parser.add_argument("--compilation-cache-dir", default=None)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
