@@ -101,6 +101,7 @@ class FrontendConfig:
     chat_template: str | None = None
     allowed_origins: tuple[str, ...] = ()
     enable_log_requests: bool = False
+    enable_prompt_tokens_details: bool = False   # usage says how many prompt tokens came from the prefix cache
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_timeout: int = 0                    # seconds to let running requests finish after SIGTERM
 

@@ -1,0 +1,38 @@
+"""The body of /v1/chat/completions. Text only: other content parts are refused when the prompt is rendered."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from jaxserve.server.protocol.body import Body, SamplingBody
+
+
+class ChatMessage(Body):
+    """One turn; templates may know roles of their own. Extra keys are ignored."""
+
+    role: str
+    content: str | list[str | dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRendering(Body):
+    """How messages become a prompt; chat completions and /tokenize share it."""
+
+    messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+
+
+class ChatCompletionRequest(SamplingBody, ChatRendering):
+    """A conversation to continue."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    return_prompt_text: bool | None = None
