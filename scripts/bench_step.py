@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Where the time of a step goes: host seconds (plan, pack, dispatch, commit) by number of rows, device seconds a bucket.
+"""Where the time of a step goes: host seconds (plan, pack, dispatch, commit) by rows, device seconds by bucket.
 
 Turns the engine's own loop in this process, without HTTP and without text. Prints medians; `--json` for machines.
 

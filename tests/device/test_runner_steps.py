@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxserve.core.sampling_params import SamplingParams
+from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.inputs import FED_BACK, StepLayout, pack
 from jaxserve.runner.runner import Runner
 from tests.device.plans import Driver, Entry, complete
@@ -30,7 +31,9 @@ def model(request):
 @pytest.fixture(scope="module")
 def runner(model, tmp_path_factory):
     spec, params = model
-    runner = tiny_runner(spec, params, tiny_config(store=tmp_path_factory.mktemp("store")))
+    runner = tiny_runner(
+        spec, params, tiny_config(store=tmp_path_factory.mktemp("store")), Buckets(tokens=(2, 32), rows=(2, 8))
+    )
     yield runner
     runner.close()
 

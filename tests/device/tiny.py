@@ -1,9 +1,10 @@
-"""A tiny random model and runners over it, for the device tests; and its own continuation computed without any cache."""
+"""A tiny random model and runners over it, for the device tests; and its continuation without any cache."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxserve.core.model_spec import Attention, DefaultRope, DenseMlp, Global, L
 from jaxserve.core.progress import NoProgress
 from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
+from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.setup import RunnerSetup
 from jaxserve.runner.start import plan_memory
@@ -72,9 +74,10 @@ def tiny_setup(spec: ModelSpec, params: Any, config: EngineConfig) -> RunnerSetu
     return plan_memory(spec=spec, params=params, mesh=tiny_mesh(), dtype=jnp.dtype(jnp.float32), config=config)
 
 
-def tiny_runner(spec: ModelSpec, params: Any, config: EngineConfig) -> Runner:
-    """A runner with every bucket compiled."""
-    runner = Runner.create(setup=tiny_setup(spec, params, config), params=params)
+def tiny_runner(spec: ModelSpec, params: Any, config: EngineConfig, buckets: Buckets | None = None) -> Runner:
+    """A runner with every bucket compiled: those of the configuration, or these fewer ones."""
+    setup = tiny_setup(spec, params, config)
+    runner = Runner.create(setup=replace(setup, buckets=buckets or setup.buckets), params=params)
     runner.compile_serving_set(NoProgress())
     runner.compile_rest(NoProgress())
     assert runner.wait_ready(240)
