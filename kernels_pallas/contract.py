@@ -56,10 +56,8 @@ def attention_violations(
 ) -> list[str]:
     """What is wrong with the arguments of an attention op."""
     if q_TNH.ndim != 3 or k_PKSH.ndim != 4 or page_RM.ndim != 2:
-        return [
-            f"q must be [T, N, H], pages [P, K, S, H], the page table [R, M]; "
-            f"got {q_TNH.shape}, {k_PKSH.shape}, {page_RM.shape}"
-        ]
+        shapes = f"{q_TNH.shape}, {k_PKSH.shape}, {page_RM.shape}"
+        return [f"q must be [T, N, H], pages [P, K, S, H], the page table [R, M]; got {shapes}"]
     T, N, H = q_TNH.shape
     _, K, _, page_H = k_PKSH.shape
     found = []

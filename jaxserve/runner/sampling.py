@@ -9,6 +9,7 @@ batch, its padding or the row's number.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,6 +28,9 @@ from jaxserve.runner.row_state import pack_slot as pack_slot
 from jaxserve.runner.shaping import gather_settings, needs_shaping, restrict
 from jaxserve.runner.shaping import shape_logits as shape_logits
 
+# Rows worked on at once on CPUs: 8 x 49,152 float32 stay near the cores, 64 do not, and every search passes over its
+# rows some fifteen times (64 rows at temperature 1: 5 ms instead of 20, with top-p 25 instead of 55).
+ROWS_TOGETHER = 8
 SAMPLE = 0      # purposes of a key: what the random numbers of one position are for
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
@@ -52,22 +56,32 @@ class Sampled(NamedTuple):
 def sample_rows(
     logits_BV: Array, rows: RowState, row_B: Array, position_B: Array, *, mode: LogprobsMode, alternatives: int
 ) -> Sampled:
-    """The whole of sampling; what no row of the step asks for is not computed.
+    """The whole of sampling; what no row asks for is not computed.
 
     Args:
       row_B: R for padding.  position_B: the position that the sampled token will take.
       mode: what the logprobs are of.  alternatives: X, how many each row brings.
     """
-    logits_BV = logits_BV.astype(jnp.float32)
+    B = row_B.shape[0]
+    together = math.gcd(B, ROWS_TOGETHER) if jax.default_backend() == "cpu" else B
+
+    def sample_group(of: tuple[Array, Array, Array]) -> Sampled:
+        return _sample_group(of[0].astype(jnp.float32), rows, of[1], of[2], mode, alternatives)
+
+    grouped = jax.tree.map(
+        lambda array: array.reshape(B // together, together, *array.shape[1:]), (logits_BV, row_B, position_B)
+    )
+    sampled = lax.map(sample_group, grouped)
+    return jax.tree.map(lambda array: array.reshape(B, *array.shape[2:]), sampled)
+
+
+def _sample_group(
+    logits_BV: Array, rows: RowState, row_B: Array, position_B: Array, mode: LogprobsMode, alternatives: int
+) -> Sampled:
     settings = gather_settings(rows, row_B)
-    is_plain = ~(needs_shaping(settings, position_B) | (settings.temperature_R > 0)).any()
-    wants_logprobs = settings.has_logprobs_R.any()
-
-    def none() -> Logprobs:
-        return no_logprobs(logits_BV.shape[0], alternatives)
-
     if mode.startswith("raw"):
-        # A token and its rank do not change what is shaped, so the shaped logits need not outlive their branch.
+        # The shaped logits need not outlive their branch, and greedy rows never make any.
+        is_plain = ~(needs_shaping(settings, position_B) | (settings.temperature_R > 0)).any()
         token_B = lax.cond(
             is_plain,
             lambda: vocab.argmax(logits_BV),
@@ -79,7 +93,9 @@ def sample_rows(
         token_B = _choose(of_BV, settings, position_B)
     is_normalised = mode.endswith("logprobs")
     found = lax.cond(
-        wants_logprobs, lambda: logprobs(of_BV, token_B, alternatives, is_normalised=is_normalised), none
+        settings.has_logprobs_R.any(),
+        lambda: logprobs(of_BV, token_B, alternatives, is_normalised=is_normalised),
+        lambda: no_logprobs(row_B.shape[0], alternatives),
     )
     return Sampled(token_B=token_B, is_finite_B=is_finite(logits_BV), logprobs=found)
 

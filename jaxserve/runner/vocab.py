@@ -7,6 +7,7 @@ Invariant: every result depends on its own row only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 BLOCK = 128             # neighbours reduced together
-PROBE = 16.0            # a threshold is first looked for this far below the row's maximum
-LINEAR_TURNS = 12       # bisections by value before those by float representation
-_TURNS_MAX = 64         # no search takes so many; a bound against NaN
+COUNT_PROBE = 16.0      # the k-th largest logit is first looked for this far below the maximum
+ROUNDING = 1e-5         # sums of probabilities are exact to less than a tenth of this
+TURNS_MAX = 40          # a search halves 2^32 floats; the bound is for rows that hold NaN
 
 
 def blocks(x_BV: Array, fill: float) -> Array:
@@ -84,65 +85,89 @@ def _invert(mass_BX: Array, uniform_B: Array) -> Array:
 
 
 class _Search(NamedTuple):
-    """Weight at or above float `low` reaches the target, at or above `high` it does not; keys order like floats."""
+    """What lies at or above float `low` reaches the target, at or above `high` it does not."""
 
     low_B: Array
     high_B: Array
-    low_count_B: Array
-    high_count_B: Array
+    low_sum_B: Array
+    high_sum_B: Array
     turn: Array
 
 
-def least_kept(x_BV: Array, weight_BV: Array | None, target_B: Array) -> Array:
-    """[B] the largest value v such that the tokens with x >= v weigh at least `target` together.
+def kth_largest(x_BV: Array, k_B: Array) -> Array:
+    """[B] the k-th largest value of each row, equal ones counted one by one; -inf where k is 0 or less."""
+    def count(is_kept_BWS: Array, _: Array) -> Array:
+        return is_kept_BWS.astype(jnp.float32)
 
-    Exact: the search ends when one token is left between its bounds, or when they are neighbouring floats.
+    x_BWS = blocks(x_BV, -jnp.inf)
+    probe_B = x_BWS.max(-1).max(-1) - COUNT_PROBE
+    return _search(x_BWS, k_B.astype(jnp.float32), probe_B, measured=count, least=jnp.ones_like)
+
+
+def least_of_mass(probability_BV: Array, mass_B: Array) -> Array:
+    """[B] the largest value such that the entries at or above it sum to `mass` or more; 0 where mass is 0 or less.
 
     Args:
-      weight_BV: None counts tokens.
-      target_B: 0 or less gives -inf (keep everything), as does more than the row's whole weight.
+      probability_BV: rows that sum to 1.
     """
-    x_BWS = blocks(x_BV, -jnp.inf)
-    weight_BWS = None if weight_BV is None else blocks(weight_BV, 0)
+    def mass(is_kept_BWS: Array, x_BWS: Array) -> Array:
+        return jnp.where(is_kept_BWS, x_BWS, 0)
+
+    # All entries below (1 - mass) / V sum to less than 1 - mass, so the answer is rarely below.
+    probe_B = (1 - mass_B) / probability_BV.shape[1]
+    least_B = _search(blocks(probability_BV, 0), mass_B, probe_B, measured=mass, least=lambda low_B: low_B)
+    return jnp.maximum(least_B, 0)
+
+
+def _search(
+    x_BWS: Array,
+    target_B: Array,
+    probe_B: Array,
+    *,
+    measured: Callable[[Array, Array], Array],
+    least: Callable[[Array], Array],
+) -> Array:
+    """[B] the largest value v such that what lies at or above v measures `target` or more together.
+
+    Bisection over floats in their integer order. It ends when a row's bounds hold one distinct entry between them:
+    they measure less than two of the smallest that could be there, or they are neighbouring floats.
+
+    Args:
+      probe_B: where to look first.  least: what one entry measures that is as small as the lower bound.
+    """
     top_B = x_BWS.max(-1).max(-1)
 
-    def measure(threshold_B: Array) -> tuple[Array, Array]:
-        """Weight and number of the tokens at or above."""
-        is_kept_BWS = x_BWS >= threshold_B[:, None, None]
-        count_B = is_kept_BWS.astype(jnp.float32).sum(-1).sum(-1)
-        if weight_BWS is None:
-            return count_B, count_B
-        return jnp.where(is_kept_BWS, weight_BWS, 0).sum(-1).sum(-1), count_B
-
     def is_open(search: _Search) -> Array:
-        return (search.low_B + 1 < search.high_B) & (search.low_count_B - search.high_count_B > 1)
+        between_B = search.low_sum_B - search.high_sum_B
+        least_B = least(_unkey(search.low_B))
+        # Entries so small that rounding of the sums could hide one are left to the neighbouring floats.
+        is_single_B = (between_B < 1.5 * least_B) & (least_B > ROUNDING)
+        return (search.low_B + 1 < search.high_B) & ~is_single_B
 
     def turn(search: _Search) -> _Search:
         low_B, high_B = search.low_B, search.high_B
         by_key_B = (low_B >> 1) + (high_B >> 1) + (low_B & high_B & 1)
-        by_value_B = _key((_unkey(low_B) + _unkey(high_B)) / 2)
-        probe_B = jnp.where(search.turn == 0, _key(top_B - PROBE), by_value_B)
-        middle_B = jnp.where(search.turn < LINEAR_TURNS, probe_B, by_key_B)
-        middle_B = jnp.clip(middle_B, low_B + 1, high_B - 1)
-        weight_B, count_B = measure(_unkey(middle_B))
-        is_low_B, is_open_B = weight_B >= target_B, is_open(search)
+        middle_B = jnp.clip(jnp.where(search.turn == 0, _key(probe_B), by_key_B), low_B + 1, high_B - 1)
+        is_kept_BWS = x_BWS >= _unkey(middle_B)[:, None, None]
+        sum_B = measured(is_kept_BWS, x_BWS).sum(-1).sum(-1)
+        is_open_B = is_open(search)
+        rises_B, falls_B = is_open_B & (sum_B >= target_B), is_open_B & (sum_B < target_B)
         return _Search(
-            low_B=jnp.where(is_open_B & is_low_B, middle_B, low_B),
-            high_B=jnp.where(is_open_B & ~is_low_B, middle_B, high_B),
-            low_count_B=jnp.where(is_open_B & is_low_B, count_B, search.low_count_B),
-            high_count_B=jnp.where(is_open_B & ~is_low_B, count_B, search.high_count_B),
+            low_B=jnp.where(rises_B, middle_B, low_B),
+            high_B=jnp.where(falls_B, middle_B, high_B),
+            low_sum_B=jnp.where(rises_B, sum_B, search.low_sum_B),
+            high_sum_B=jnp.where(falls_B, sum_B, search.high_sum_B),
             turn=search.turn + 1,
         )
 
-    everything_B = jnp.full_like(top_B, x_BV.shape[1])
     start = _Search(
-        low_B=jnp.full_like(target_B, _LOWEST, dtype=jnp.int32),
-        high_B=_key(top_B) + 1,
-        low_count_B=everything_B,
-        high_count_B=jnp.where(target_B > 0, 0, everything_B),      # equal counts: nothing to look for
+        low_B=jnp.full(target_B.shape, _LOWEST, jnp.int32),
+        high_B=jnp.where(target_B > 0, _key(top_B) + 1, _LOWEST + 1),       # neighbours: nothing to look for
+        low_sum_B=jnp.full_like(top_B, jnp.inf),
+        high_sum_B=jnp.zeros_like(top_B),
         turn=jnp.int32(0),
     )
-    found = lax.while_loop(lambda s: is_open(s).any() & (s.turn < _TURNS_MAX), turn, start)
+    found = lax.while_loop(lambda s: is_open(s).any() & (s.turn < TURNS_MAX), turn, start)
     return _unkey(found.low_B)
 
 

@@ -32,7 +32,7 @@ def kv_write(
       implementation: "xla", "reference", or None for the first that serves the request.
     """
     T, K, H = x_TKH.shape
-    P, page_K, _, page_H = pages_PKSH.shape
+    _, page_K, _, page_H = pages_PKSH.shape
     violations = []
     if (page_K, page_H) != (K, H):
         violations.append(f"tokens have {K} heads of {H}, the pages {page_K} of {page_H}")
