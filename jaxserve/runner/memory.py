@@ -36,16 +36,16 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryTable:
-    """The memory of one device as planned; `lines` is for people."""
+    """The memory of one device as planned, zero where it is not settled yet; `lines` is for people."""
 
     budget: Budget
-    weight_bytes: int
-    temporary_bytes: int
-    state_bytes: int                 # rows, page tables, shaping slots
-    page_bytes: int                  # of one page index over all KV groups
-    page_count: int
+    weight_bytes: int = 0
+    temporary_bytes: int = 0
+    state_bytes: int = 0             # rows, page tables, shaping slots
+    page_bytes: int = 0              # of one page index over all KV groups
+    page_count: int = 0
     page_size: int
-    length_max: int
+    length_max: int = 0
 
     @property
     def pool_bytes(self) -> int:
@@ -112,7 +112,7 @@ def device_budget(device: jax.Device, *, utilization: float) -> Budget:
         )
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
-        raise CapacityError(f"{device.device_kind} does not say how much memory it has; give --kv-cache-memory-bytes.")
+        raise CapacityError(f"{device.device_kind} does not say how much memory it has: use a CPU, CUDA or ROCm device.")
     limit = int(stats["bytes_limit"])
     reserve = max(GPU_RESERVE_BYTES_MIN, int(limit * GPU_RESERVE))
     return Budget(total_bytes=int(limit / utilization), budget_bytes=limit, reserve_bytes=reserve)
@@ -140,7 +140,7 @@ def grant_pages(
     table = MemoryTable(
         budget=budget, weight_bytes=weight_bytes, temporary_bytes=temporary_bytes, state_bytes=state_bytes,
         page_bytes=sum(group.page_bytes(page_size, itemsize) for group in spec.kv_groups),
-        page_count=0, page_size=page_size, length_max=0,
+        page_size=page_size,
     )
     if pool_bytes_wanted is not None:
         pool_bytes = pool_bytes_wanted

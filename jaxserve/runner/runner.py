@@ -28,6 +28,7 @@ from jaxserve.runner import rows
 from jaxserve.runner.buckets import Buckets, holder
 from jaxserve.runner.build import ProgramBuilder
 from jaxserve.runner.compile import CompileStats
+from jaxserve.runner.forward import ForwardResult
 from jaxserve.runner.inputs import pack
 from jaxserve.runner.kv_cache import page_index_max
 from jaxserve.runner.programs import CLEAR_PAGES, ProgramSet
@@ -80,6 +81,7 @@ class Runner:
         """Blocks until the smallest set of programs that can serve any request has run once."""
         self._builder.build_serving_set(progress)
         self.rebuild()
+        self._run_once()
 
     def compile_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None = None) -> None:
         """Compiles every other bucket in background threads; `on_ready` is called from one of them at the end."""
@@ -139,19 +141,14 @@ class Runner:
             wants_logprobs = bool(self._wants_logprobs_R[plan.row_A[plan.samples_A]].any())
             packed = pack(plan, self._programs.layout(tokens))
             packed_s = perf_counter()
-            forward = built.forward[tokens](
-                self._leaves, state.kv, state.page_RM, state.rows.last_token_R, self._put(packed)
-            )
-            state.kv, state.page_RM = forward.kv, forward.page_RM
+            forward = self._forward(tokens, packed)
             sampled = scored = None
             if plan.sample_count:
                 bucket = holder(built.row_buckets, plan.sample_count)
                 state.rows, sampled = built.sample[bucket](self._leaves, forward.sampling, state.rows)
                 _start_copy(sampled if wants_logprobs else sampled[:2])
             if plan.scores_A.any():
-                target_T = np.full(tokens, -1, np.int32)
-                target_T[: plan.token_count] = plan.score_target_T
-                scored = built.score[tokens](self._leaves, forward.hidden_TD, self._put(target_T))
+                scored = self._score(tokens, forward, plan)
                 _start_copy(scored)
         self.last_launch = LaunchTiming(
             check_s=checked_s - start_s, admit_s=admitted_s - checked_s, pack_s=packed_s - admitted_s,
@@ -182,6 +179,33 @@ class Runner:
         self._builder.close()
         self._state = None
         self._leaves = ()
+
+    def _run_once(self) -> None:
+        """A step of nothing but padding: a program that cannot run must fail the start, not the first request."""
+        none_A, no_A = np.zeros(0, np.int32), np.zeros(0, bool)
+        empty = StepPlan(
+            step=0, row_A=none_A, start_A=none_A, count_A=none_A, from_row_A=no_A, samples_A=no_A, scores_A=no_A,
+            token_T=none_A, score_target_T=none_A, decode_count=0,
+        )
+        tokens, count = self._builder.token_buckets[0], self._builder.row_buckets[0]
+        with translated_errors():
+            state, layout = self._live(), self._programs.layout(tokens)
+            forward = self._forward(tokens, pack(empty, layout))
+            state.rows, sampled = self._builder.sample[count](self._leaves, forward.sampling, state.rows)
+            jax.block_until_ready((sampled, self._score(tokens, forward, empty)))
+
+    def _forward(self, tokens: int, packed: I32) -> ForwardResult:
+        state = self._live()
+        forward = self._builder.forward[tokens](
+            self._leaves, state.kv, state.page_RM, state.rows.last_token_R, self._put(packed)
+        )
+        state.kv, state.page_RM = forward.kv, forward.page_RM
+        return forward
+
+    def _score(self, tokens: int, forward: ForwardResult, plan: StepPlan) -> Logprobs:
+        target_T = np.full(tokens, -1, np.int32)
+        target_T[: plan.token_count] = plan.score_target_T
+        return self._builder.score[tokens](self._leaves, forward.hidden_TD, self._put(target_T))
 
     def _admit(self, plan: StepPlan) -> None:
         for start in range(0, len(plan.admissions), rows.ADMIT_ROWS):

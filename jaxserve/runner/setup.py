@@ -32,7 +32,7 @@ class RunnerSetup:
     dtype: jnp.dtype
     shape: RunnerShape
     buckets: Buckets
-    memory: MemoryTable | None = None          # None while it is being planned
+    memory: MemoryTable
     logprobs_mode: LogprobsMode = "raw_logprobs"
     whole_prompts: bool = False
     store: ExecutableStore | None = None

@@ -26,7 +26,7 @@ from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
 from jaxserve.runner.executable_store import ExecutableStore, default_folder
 from jaxserve.runner.kv_cache import abstract_tables
-from jaxserve.runner.memory import device_budget, grant_pages
+from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import RunnerSetup
 
@@ -48,25 +48,33 @@ def plan_memory(
       ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
     """
     device = mesh.devices.flat[0]
+    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization)
     row_count, tokens_max = _step_sizes(config, spec, is_cpu=device.platform == "cpu")
     setup = _setup(
         spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
         buckets=choose_buckets(
             tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager
         ),
-        store=_store(config.compilation.compilation_cache_dir),
+        store=_store(config.compilation.compilation_cache_dir), budget=budget,
     )
-    if config.cache.kv_cache_memory_bytes is None and device.platform != "cpu":
-        temporaries = _measure_temporaries(setup, params)
-    else:
-        temporaries = 0     # on the CPU they are malloc'd as they come, out of the reserve
+    # On the CPU temporaries are malloc'd as they come, out of the reserve.
+    temporaries = 0 if device.platform == "cpu" else _measure_temporaries(setup, params)
     memory = grant_pages(
-        spec=spec, budget=device_budget(device, utilization=config.cache.gpu_memory_utilization),
-        weight_bytes=_device_bytes(params), temporary_bytes=temporaries, state_bytes=_state_bytes(setup),
-        page_size=config.cache.block_size, itemsize=setup.dtype.itemsize, row_count=row_count,
+        spec=spec, budget=budget, weight_bytes=_device_bytes(params), temporary_bytes=temporaries,
+        state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
+        itemsize=setup.dtype.itemsize, row_count=row_count,
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
     )
-    return replace(setup, memory=memory, shape=_shape(setup.shape, memory.page_count, memory.length_max))
+    if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens is None:
+        tokens_max = min(tokens_max, max(_tokens_max_default(device.platform == "cpu"), row_count, memory.length_max))
+    return replace(
+        setup, memory=memory, shape=_shape(setup.shape, memory.page_count, memory.length_max),
+        buckets=choose_buckets(tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager),
+    )
+
+
+def _tokens_max_default(is_cpu: bool) -> int:
+    return 512 if is_cpu else 8192
 
 
 def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple[int, int]:
@@ -76,7 +84,7 @@ def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple
     tokens_max = scheduler.max_num_batched_tokens
     length = config.model.max_model_len
     if tokens_max is None:
-        tokens_max = max(512 if is_cpu else 8192, row_count)
+        tokens_max = max(_tokens_max_default(is_cpu), row_count)
         if not scheduler.enable_chunked_prefill:
             tokens_max = max(tokens_max, length or spec.context_length)
     if tokens_max < row_count:
@@ -106,7 +114,7 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
 
 def _setup(
     *, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig, row_count: int,
-    buckets: Buckets, store: ExecutableStore | None,
+    buckets: Buckets, store: ExecutableStore | None, budget: Budget,
 ) -> RunnerSetup:
     """A setup of final sizes except for the pool, which is provisional."""
     alternatives = config.model.max_logprobs
@@ -122,6 +130,7 @@ def _setup(
     length = config.model.max_model_len or spec.context_length
     return RunnerSetup(
         spec=spec, mesh=mesh, dtype=dtype, shape=_shape(shape, PROVISIONAL_PAGES, length), buckets=buckets,
+        memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, store=store,
     )
