@@ -28,8 +28,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self._bytes_max:
+        if _declared_length(scope) > self._bytes_max:
             headers = {"Connection": "close"}   # the rest of the body is not read
             await error_response(self._message, "Bad Request", 413, None, **headers)(scope, receive, send)
             return
@@ -72,8 +71,13 @@ class HttpCounting:
             await self._app(scope, receive, counted)
         finally:
             handler = getattr(scope.get("route"), "path", "none")
-            received = int(dict(scope["headers"]).get(b"content-length", b"0"))
             self._metrics.note(
                 handler=handler, method=scope["method"], status=status, seconds=time.perf_counter() - begin_s,
-                received=received, sent=sent,
+                received=_declared_length(scope), sent=sent,
             )
+
+
+def _declared_length(scope: Scope) -> int:
+    """0 where the body comes in chunks, or what is declared is no number (servers refuse that themselves)."""
+    declared = dict(scope["headers"]).get(b"content-length", b"0")
+    return int(declared) if declared.isdigit() else 0

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from jaxserve.core.sampling_params import BIAS_ENTRIES_MAX
 
 INT64_MAX = 2**63 - 1
 
 Int64 = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)]
+# fail_fast: a list of a million wrong items is one error, not a million.
+Ids = Annotated[list[Int64], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
+def _check_bias_size(value: object) -> object:
+    if isinstance(value, dict) and len(value) > BIAS_ENTRIES_MAX:
+        raise ValueError(f"at most {BIAS_ENTRIES_MAX} entries, got {len(value)}")
+    return value
 
 
 class Body(BaseModel):
@@ -43,17 +54,17 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     seed: Int64 | None = None
     n: Int64 | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Int64] | None = None
+    stop: str | Texts | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     prompt_logprobs: Int64 | None = None
     echo: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[Int64] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_bias_size)] = None
+    allowed_token_ids: Ids | None = None
+    bad_words: Texts | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Int64 | None = None

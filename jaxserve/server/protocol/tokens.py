@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.server.protocol.body import Body, Int64
-from jaxserve.server.protocol.chat import ChatMessage
+from jaxserve.server.protocol.body import Body, Ids
+from jaxserve.server.protocol.chat import Messages
 
 
 class TokenizeRequest(Body):
@@ -13,7 +13,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -25,4 +25,4 @@ class DetokenizeRequest(Body):
     """Token ids to text."""
 
     model: str | None = None
-    tokens: list[Int64]
+    tokens: Ids

@@ -23,7 +23,7 @@ async def get_model(name: str, request: Request) -> Response:
     """One served name."""
     state: ServerState = request.app.state.server
     state.serving()
-    state.check_model(name)
+    state.check_model(name or "(no name)")
     return json_response(_card(state, name))
 
 
