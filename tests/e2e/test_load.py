@@ -46,7 +46,7 @@ def test_tiny_model_under_mixed_load(serve, tiny_llama, variant):
     jobs = make_jobs(32, vocab=250, prompt_max=120, output_max=40, seed=3)
     flags = ["--model", str(tiny_llama), "--dtype", "float32", "--max-model-len", "192", "--max-num-seqs", "16",
              "--max-num-batched-tokens", "192" if variant == "no-chunked-prefill" else "64", *VARIANTS[variant]]
-    flags += ["--kv-cache-memory-bytes", "small" if variant == "small-pool" else "64M"]
+    flags += ["--kv-cache-memory-bytes", str(26 * 9216) if variant == "small-pool" else "64M"]   # 26 pages: two sequences
     check_load(serve(*flags), jobs, wants_preemption=variant == "small-pool")
 
 
@@ -58,5 +58,5 @@ def test_demo_model_under_mixed_load(serve, demo_model, variant):
     jobs = make_jobs(64, vocab=40000, prompt_max=1500, output_max=200, seed=5)
     flags = ["--model", str(demo_model), "--dtype", "float32", "--max-model-len", "2048",
              *(("--max-num-batched-tokens", "2048") if variant == "no-chunked-prefill" else ()), *VARIANTS[variant]]
-    flags += ["--kv-cache-memory-bytes", "small" if variant == "small-pool" else "2G"]
+    flags += ["--kv-cache-memory-bytes", str(260 * 737_280) if variant == "small-pool" else "2G"]   # 260 pages likewise
     check_load(serve(*flags), jobs, wants_preemption=variant == "small-pool")

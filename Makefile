@@ -1,0 +1,68 @@
+# Verbs of the project; `make help` lists them. Everything lives in .venv, made on first use.
+
+# Python 3.12 where one is found (PATH, pyenv, uv), else python3 >= 3.11.
+PYTHON ?= $(shell scripts/find_python.sh)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/jaxserve
+DEMO := $(CACHE)/models/SmolLM2-135M-Instruct
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-model serve test test-all smoke smoke-other check bench docs lock clean
+
+help:  ## list the verbs
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make .venv and install the server, for the GPU that is found, else the CPU
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one or pass PYTHON=/path/to/python3"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[$$(scripts/find_extra.sh)]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install demo-model  ## serve SmolLM2-135M-Instruct on port 8000 (PORT=...)
+	@scripts/announce.sh http://localhost:$(PORT) SmolLM2-135M-Instruct &
+	exec $(BIN)/python -m jaxserve.serve --config smollm2-135m.yaml --model "$(DEMO)" --port $(PORT) $(ARGS)
+
+demo-model: install
+	@test -f "$(DEMO)/config.json" || $(BIN)/python scripts/fetch_demo_model.py --output "$(DEMO)"
+
+serve: install  ## serve with your flags: make serve ARGS="--config qwen3b.yaml"
+	exec $(BIN)/python -m jaxserve.serve $(ARGS)
+
+test: $(VENV)/.installed-dev  ## run the suite (at most 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.installed-dev  ## run everything, slow tiers too, and record the result in docs/test-all.md
+	$(BIN)/python scripts/test_all.py $(ARGS)
+
+smoke: $(VENV)/.installed-dev  ## the quick part of the suite
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/control tests/device $(ARGS)
+
+smoke-other:  ## the same in .venv-3.11 with Python 3.11 and its jax, where both Pythons are there
+	@other="$$(scripts/find_python.sh 3.11)"; \
+	if [ -n "$$other" ] && [ "$$other" != "$(PYTHON)" ]; then $(MAKE) smoke PYTHON="$$other" VENV=.venv-3.11 ARGS="-k 'smoke or model or runner'"; \
+	else echo "no second Python: no smoke test on it"; fi
+
+check: $(VENV)/.installed-dev  ## style, import law, types
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_tidy.py
+
+bench: install demo-model  ## host and device time of a step on the demo model
+	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)
+
+lock: $(VENV)/.installed-dev  ## write constraints.txt from what is installed in .venv and .venv-3.11
+	$(BIN)/python scripts/lock.py $(VENV) .venv-3.11
+
+clean:  ## remove what the verbs made here (the caches in ~/.cache/jaxserve stay)
+	rm -rf $(VENV) .venv-3.11 build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

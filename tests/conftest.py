@@ -1,0 +1,143 @@
+"""What all tests share: the CPU platform, one compilation cache for the run, the demo model, real server processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"       # before anything imports jax
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+START_S_MAX = 240.0
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where programs of this run are kept: what one server compiled the next one loads."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="session", name="demo_model")
+def _demo_model() -> Path:
+    """SmolLM2-135M-Instruct, made by the demo's own script (in the user's cache, so only once a machine)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "fetch_demo_model.py")], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """A random Llama of three layers and 320 tokens."""
+    return FIXTURES / "tiny-llama-tied"
+
+
+class Server:
+    """A real server process on a free port."""
+
+    def __init__(self, flags: tuple[str, ...], log: Path, environment: dict[str, str] | None = None) -> None:
+        self._log = log
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "jaxserve.serve", "--host", "127.0.0.1", "--port", str(port), *flags]
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT,
+                env=os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {}),
+            )
+        self.pid = self._process.pid
+
+    def log(self) -> str:
+        """Everything it printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def wait_for(self, is_so: Callable[[], bool], timeout_s: float = 30.0) -> None:
+        """Polls until `is_so`; fails with the log."""
+        deadline = time.monotonic() + timeout_s
+        while not is_so():
+            assert self._process.poll() is None, f"the server ended with {self._process.returncode}:\n{self.log()}"
+            assert time.monotonic() < deadline, f"waited {timeout_s} s in vain:\n{self.log()[-4000:]}"
+            time.sleep(0.05)
+
+    def wait_serving(self) -> None:
+        """Until /health says 200."""
+        self.wait_for(lambda: self._get("/health") == 200, START_S_MAX)
+
+    def wait_ready(self) -> None:
+        """Until every bucket is compiled."""
+        self.wait_for(lambda: "ready:" in self.log(), START_S_MAX)
+
+    def wait_exit(self, timeout_s: float) -> int:
+        """The exit status; fails with the log if it does not end."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"did not end within {timeout_s} s:\n{self.log()[-4000:]}") from None
+
+    def stop(self) -> None:
+        """Ends it if it runs; nothing may be left."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+                raise AssertionError(f"the server did not stop on SIGTERM:\n{self.log()[-4000:]}") from None
+
+    def _get(self, path: str) -> int:
+        import httpx
+
+        try:
+            return httpx.get(self.url + path, timeout=5).status_code
+        except httpx.HTTPError:
+            return 0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture
+def serve(tmp_path: Path, compile_cache: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers with given flags; all are stopped at the end of the test."""
+    servers: list[Server] = []
+
+    def start(*flags: str, wait: bool = True, environment: dict[str, str] | None = None) -> Server:
+        with_cache = (*flags, "--compilation-cache-dir", str(compile_cache))
+        server = Server(with_cache, tmp_path / f"server-{len(servers)}.log", environment)
+        servers.append(server)
+        if wait:
+            server.wait_serving()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo_model: Path, compile_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model in float32, as few programs as will do; shared by every test that only asks it things."""
+    log = tmp_path_factory.mktemp("demo") / "server.log"
+    server = Server(
+        ("--config", "smollm2-135m.yaml", "--model", str(demo_model), "--dtype", "float32", "--max-num-seqs", "16",
+         "--max-num-batched-tokens", "256", "--enforce-eager", "--compilation-cache-dir", str(compile_cache)),
+        log,
+    )
+    server.wait_serving()
+    yield server
+    server.stop()
