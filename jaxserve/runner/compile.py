@@ -208,7 +208,7 @@ def _source_digest() -> str:
     roots = [package / name for name in SOURCES] + [Path(kernels_pallas.__file__).parent]
     digest = hashlib.sha256()
     for root in roots:
-        for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+        for path in [root] if root.suffix else sorted(root.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
