@@ -1,11 +1,17 @@
-"""One call to the app under ASGI, no socket; and what comes back, decoded."""
+"""Calls to the app: under ASGI without a socket, or served by uvicorn; and what comes back, decoded."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
+import uvicorn
 from jaxserve.server.app import ServerState, create_app
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -48,3 +54,28 @@ def error_of(reply: httpx.Response) -> tuple[int, str, str | None, str]:
     error = body["error"]
     assert error["code"] == reply.status_code and error["message"]
     return reply.status_code, error["type"], error["param"], error["message"]
+
+
+@contextmanager
+def served(state: ServerState) -> Iterator[str]:
+    """The app in a thread with its own event loop, until the block ends."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="error", lifespan="on", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        sock.close()
+    assert not thread.is_alive()
+
+
+def wait_for(is_true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
