@@ -16,8 +16,8 @@ from jax import Array
 
 from jaxserve.models.decoder import Decoder
 from jaxserve.runner.forward import Sampling
-from jaxserve.runner.row_state import RowState
-from jaxserve.runner.sampling import Logprobs, LogprobsMode, Sampled, advance, logprobs, no_logprobs, sample_rows
+from jaxserve.runner.row_state import RowState, advance
+from jaxserve.runner.sampling import Logprobs, LogprobsMode, Sampled, logprobs, no_logprobs, sample_rows
 
 SCORE_ROWS = 64     # positions scored at once: their logits are the program's largest temporary
 

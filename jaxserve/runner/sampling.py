@@ -1,8 +1,7 @@
-"""From logits to tokens and logprobs: the functions of the sample program, and the row state they read.
+"""From logits to tokens and logprobs: what the sample program computes for the rows of a step.
 
 Order, as vLLM's: raw logprobs, then `shaping` (allowed ids, bad words, min-tokens, bias, penalties, temperature,
-min-p, top-k, top-p), then the draw. A sequence enters with `admit`, and where it has a shaping slot also with
-`admit_slot`; each sampled token goes through `advance`.
+min-p, top-k, top-p), then the draw. Reads row state and leaves writing it to `row_state`.
 Invariant: a row's token depends on its logits, settings and key (seed, choice, position, purpose) only: not on the
 batch, its padding or the row's number.
 """
@@ -17,16 +16,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.runner import vocab
-from jaxserve.runner.row_state import RowSettings as RowSettings
-from jaxserve.runner.row_state import RowState as RowState
-from jaxserve.runner.row_state import admit as admit
-from jaxserve.runner.row_state import admit_slot as admit_slot
-from jaxserve.runner.row_state import advance as advance
-from jaxserve.runner.row_state import empty_rows as empty_rows
-from jaxserve.runner.row_state import pack_admission as pack_admission
-from jaxserve.runner.row_state import pack_slot as pack_slot
-from jaxserve.runner.shaping import gather_settings, needs_shaping, restrict
-from jaxserve.runner.shaping import shape_logits as shape_logits
+from jaxserve.runner.row_state import RowSettings, RowState
+from jaxserve.runner.shaping import gather_settings, needs_shaping, restrict, shape_logits
 
 # Rows worked on at once on CPUs: 8 x 49,152 float32 stay near the cores, 64 do not, and every search passes over its
 # rows some fifteen times (64 rows at temperature 1: 5 ms instead of 20, with top-p 25 instead of 55).
@@ -116,16 +107,17 @@ def logprobs(logits_BV: Array, token_B: Array, alternatives: int, *, is_normalis
     """
     with jax.named_scope("sample.logprobs"):
         logits_BV = logits_BV.astype(jnp.float32)
-        offset_B = vocab.log_total(logits_BV) if is_normalised else jnp.zeros(logits_BV.shape[0])
+        zero_B = jnp.zeros(logits_BV.shape[0])
+        top_B, log_sum_B = vocab.top_and_log_sum(logits_BV) if is_normalised else (zero_B, zero_B)
         of_token_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], 1)
         is_above_BWS = vocab.blocks(logits_BV, -jnp.inf) >= of_token_B1[:, :, None]
         rank_B = is_above_BWS.astype(jnp.float32).sum(-1).sum(-1).astype(jnp.int32)
-        top_BX, top_id_BX = vocab.top(logits_BV, alternatives)
+        value_BX, top_id_BX = vocab.top(logits_BV, alternatives)
         return Logprobs(
-            logprob_B=of_token_B1[:, 0] - offset_B,
+            logprob_B=of_token_B1[:, 0] - top_B - log_sum_B,
             rank_B=jnp.minimum(rank_B, logits_BV.shape[1]),     # a masked token also meets the blocks' filling
             top_id_BX=top_id_BX.astype(jnp.int32),
-            top_logprob_BX=top_BX - offset_B[:, None],
+            top_logprob_BX=value_BX - top_B[:, None] - log_sum_B[:, None],
         )
 
 

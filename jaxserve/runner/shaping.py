@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.runner.row_state import NO_STOP, RowSettings, RowState
-from jaxserve.runner.vocab import kth_largest, least_of_mass, log_total, row_max
+from jaxserve.runner.vocab import kth_largest, least_of_mass, probabilities, row_max
 
 
 def gather_settings(rows: RowState, row_B: Array) -> RowSettings:
@@ -124,6 +124,6 @@ def _keep_top_k(logits_BV: Array, top_k_B: Array, has_B: Array) -> Array:
 
 def _keep_top_p(logits_BV: Array, top_p_B: Array, has_B: Array) -> Array:
     """Keeps the likeliest tokens whose probability together reaches p."""
-    probability_BV = jnp.exp(logits_BV - log_total(logits_BV)[:, None])
+    probability_BV = probabilities(logits_BV)
     least_B = least_of_mass(probability_BV, jnp.where(has_B, top_p_B, 0))
     return jnp.where(probability_BV < least_B[:, None], -jnp.inf, logits_BV)

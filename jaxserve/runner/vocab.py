@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -44,7 +43,8 @@ def top(x_BV: Array, count: int) -> tuple[Array, Array]:
     B, V = x_BV.shape
     x_BWS = blocks(x_BV, -jnp.inf)
     if count >= x_BWS.shape[1]:
-        return lax.top_k(x_BV, min(count, V))
+        index_BX = jnp.argsort(x_BV, axis=-1, stable=True, descending=True)[:, : min(count, V)]
+        return jnp.take_along_axis(x_BV, index_BX, 1), index_BX     # lax.top_k of everything loses the order of ties
     # The largest values lie in the blocks of largest maxima; in index order, so that equal values stay in order.
     _, block_BX = lax.top_k(x_BWS.max(-1), count)
     block_BX = jnp.sort(block_BX, -1)
@@ -53,11 +53,17 @@ def top(x_BV: Array, count: int) -> tuple[Array, Array]:
     return value_BX, jnp.take_along_axis(index_BXS.reshape(B, -1), place_BX, 1)
 
 
-def log_total(x_BV: Array) -> Array:
-    """[B] log of the sum of exp."""
+def probabilities(x_BV: Array) -> Array:
+    """Softmax: logits far from zero lose nothing, since the maximum is taken off before anything is added up."""
+    weight_BV = jnp.exp(x_BV - row_max(x_BV)[:, None])
+    return weight_BV / blocks(weight_BV, 0).sum(-1).sum(-1)[:, None]
+
+
+def top_and_log_sum(x_BV: Array) -> tuple[Array, Array]:
+    """[B] the maximum, and [B] log of the sum of exp(x - maximum): log softmax is (x - top) - log_sum."""
     x_BWS = blocks(x_BV, -jnp.inf)
     top_B = x_BWS.max(-1).max(-1)
-    return jnp.log(jnp.exp(x_BWS - top_B[:, None, None]).sum(-1).sum(-1)) + top_B
+    return top_B, jnp.log(jnp.exp(x_BWS - top_B[:, None, None]).sum(-1).sum(-1))
 
 
 def draw(x_BV: Array, uniform_B2: Array) -> Array:
