@@ -65,6 +65,8 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
     engine = build_engine(start.config, progress=progress)
     try:
+        if logger.isEnabledFor(logging.INFO):
+            engine.report.print()
         outbox.put(Serving(engine.info, str(engine.folder)))
         outbox.put(Status("serving"))
         engine.compile_rest(on_ready=lambda: outbox.put(Status("ready")))

@@ -118,7 +118,8 @@ async def _open_text(state: ServerState, engine: AsyncEngine, config: ServeConfi
     await engine.serving.wait()
     assert engine.folder is not None
     state.text_engine = await asyncio.to_thread(
-        open_text_engine, engine, engine.folder, config.engine.model, config.frontend.chat_template
+        open_text_engine, engine, engine.folder, config.engine.model, config.frontend.chat_template,
+        config.engine.load.download_dir,
     )
     scheme = "https" if config.frontend.ssl_certfile else "http"
     where = f"unix:{config.frontend.uds}" if config.frontend.uds else f"{scheme}://{config.frontend.host}:{config.frontend.port}"

@@ -175,7 +175,8 @@ class _Mailbox:
 
 
 def open_text_engine(
-    engine: AsyncEnginePort, folder: str | Path, config: ModelConfig, chat_template: str | None = None
+    engine: AsyncEnginePort, folder: str | Path, config: ModelConfig, chat_template: str | None = None,
+    download_dir: str | None = None,
 ) -> TextEngine:
     """The text engine of a model folder. Raises ModelError or ConfigError. Reads files: not for the event loop."""
-    return TextEngine(engine, ServedText.load(Path(folder), config, chat_template))
+    return TextEngine(engine, ServedText.load(Path(folder), config, chat_template, download_dir))
