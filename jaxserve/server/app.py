@@ -1,7 +1,7 @@
 """Joins routes, middleware and error shapes into one ASGI app. Knows where things go, not what they do.
 
-Order from the outside: CORS (its replies, errors included, must be readable in a browser), HTTP metrics, authentication,
-the body limit, routes. Invariant: nothing that computes is reached without passing authentication.
+Order from the outside: CORS (its replies, errors included, must be readable in a browser), HTTP metrics,
+authentication, the body limit, routes. Invariant: nothing that computes is reached without passing authentication.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def _delta_chunk(shape: ChatShape, delta: TextDelta, count: UsageCount) -> bytes
     return _chunk(shape, choice, delta.choice, count, extra)
 
 
-def _chunk(shape: ChatShape, choice: dict[str, object], index: int, count: UsageCount, extra: dict[str, object]) -> bytes:
+def _chunk(
+    shape: ChatShape, choice: dict[str, object], index: int, count: UsageCount, extra: dict[str, object]
+) -> bytes:
     if shape.body.continuous_usage:
         extra = extra | {"usage": count.so_far(0, index)}
     return event(shape.head.as_kind("chat.completion.chunk") | {"choices": [choice]} | extra)

@@ -10,7 +10,6 @@ from starlette.types import Receive
 
 from jaxserve.server.errors import ClientGoneError
 
-
 T = TypeVar("T")
 
 

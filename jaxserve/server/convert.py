@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastapi import Request
 
@@ -73,6 +73,15 @@ def check_shared(body: SamplingBody) -> None:
         )
 
 
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, *, param: str) -> None:
+    """Raises RequestError for an id that the model does not have: a device would clamp it in silence."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"Token id {wrong} is out of vocabulary: ids are in [0, {vocab_size - 1}].", param=param, value=wrong
+        )
+
+
 def base_request_id(body: SamplingBody, request: Request) -> str:
     """The client's own id from the header or the body, else a random one."""
     given = request.headers.get("x-request-id") or body.request_id
@@ -129,7 +138,8 @@ def _max_tokens(asked: int | None, defaults: Mapping[str, object], max_model_len
         raise RequestError(f"max_tokens must be at least 1, got {asked}.", param="max_tokens", value=asked)
     if asked is not None and asked > max_model_len:
         raise RequestError(
-            f"max_tokens={asked} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens.",
+            f"max_tokens={asked} cannot be greater than max_model_len={max_model_len}. "
+            "Please request fewer output tokens.",
             param="max_tokens", value=asked,
         )
     cap = defaults.get("max_new_tokens")

@@ -29,7 +29,7 @@ logger = logging.getLogger("jaxserve.server")
 VALIDATION_ERRORS_MAX = 10
 _INPUT_CHARS_MAX = 80
 _INTERNAL = "Internal server error: the server's log has the details."
-_HTTP_TYPES = {401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError", 501: "NotImplementedError"}
+_HTTP_TYPES = {401: "AuthenticationError", 404: "NotFoundError", 405: "MethodNotAllowedError"}
 
 
 class NoChatError(JaxserveError):

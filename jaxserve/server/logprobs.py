@@ -1,4 +1,4 @@
-"""Log-probabilities as OpenAI's clients read them: chat's list of objects, completions' parallel lists, vLLM's for prompts.
+"""Log-probabilities as clients read them: chat's list of objects, completions' parallel lists, vLLM's for prompts.
 
 -inf is sent as -9999.0: JSON has no infinity.
 """

@@ -62,12 +62,12 @@ class HttpMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._requests = Counter(
-            "http_requests", "Requests by method, status and handler.", ("method", "status", "handler"), registry=registry
+            "http_requests", "Requests by route.", ("method", "status", "handler"), registry=registry
         )
-        self._received = Summary("http_request_size_bytes", "Declared sizes of bodies.", ("handler",), registry=registry)
+        self._received = Summary("http_request_size_bytes", "Sizes of bodies.", ("handler",), registry=registry)
         self._sent = Summary("http_response_size_bytes", "Sizes of replies.", ("handler",), registry=registry)
         self._highr = Histogram(
-            "http_request_duration_highr_seconds", "Latency, many buckets, no labels.", buckets=_HIGHR, registry=registry
+            "http_request_duration_highr_seconds", "Latency, finely.", buckets=_HIGHR, registry=registry
         )
         self._seconds = Histogram(
             "http_request_duration_seconds", "Latency by handler.", ("method", "handler"), buckets=(0.1, 0.5, 1),

@@ -12,6 +12,9 @@ from jaxserve.server.protocol.tokens import TokenizeRequest
 if TYPE_CHECKING:
     from jaxserve.text_engine import TextEngine
 
+# What the API sets itself; a template variable of that name would go around its checks.
+_OWN_NAMES = {"messages", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "tokenize"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendering:
@@ -39,9 +42,8 @@ class Rendering:
                 kwargs.setdefault("enable_thinking", body.reasoning_effort != "none")
             if body.documents is not None:
                 kwargs["documents"] = body.documents
-        for name in ("messages", "chat_template", "add_generation_prompt", "continue_final_message", "tools", "tokenize"):
-            if name in kwargs:
-                raise RequestError(f"chat_template_kwargs may not set {name!r}.", param="chat_template_kwargs")
+        for name in _OWN_NAMES & kwargs.keys():
+            raise RequestError(f"chat_template_kwargs may not set {name!r}.", param="chat_template_kwargs")
         adds = not continues if body.add_generation_prompt is None else body.add_generation_prompt
         return cls(add_generation_prompt=adds, continue_final_message=continues, template_kwargs=kwargs)
 
@@ -50,8 +52,8 @@ async def render(engine: TextEngine, messages: list[dict[str, object]], renderin
     """The prompt's text. Raises RequestError when the model has no template or the template refuses."""
     if not engine.has_chat_template:
         raise RequestError(
-            "The served model has no chat template, so messages cannot become a prompt: use /v1/completions, or ask the "
-            "operator to set --chat-template.",
+            "The served model has no chat template, so messages cannot become a prompt: use /v1/completions, or "
+            "ask the operator to set --chat-template.",
             param="messages",
         )
     return await engine.render_chat(

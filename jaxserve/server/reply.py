@@ -33,7 +33,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def full_usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, object]:
     """`cached_tokens` is None unless `--enable-prompt-tokens-details` shows them."""
     details = None if cached_tokens is None else {"cached_tokens": cached_tokens}
-    return usage(prompt_tokens, completion_tokens) | {"prompt_tokens_details": details, "completion_tokens_details": None}
+    counts: dict[str, object] = dict(usage(prompt_tokens, completion_tokens))
+    return counts | {"prompt_tokens_details": details, "completion_tokens_details": None}
 
 
 def usage_of(results: Sequence[PromptResult], *, shows_cached: bool) -> dict[str, object]:

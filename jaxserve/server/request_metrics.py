@@ -19,8 +19,8 @@ ITL_BUCKETS = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )
 PHASE_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0,
-    7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
 )
 STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 N_BUCKETS = (1, 2, 5, 10, 20)
@@ -45,7 +45,7 @@ class RequestMetrics:
         tokens = token_buckets(max_model_len)
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Between tokens.", ITL_BUCKETS)
-        self.tpot = histogram("request_time_per_output_token_seconds", "Mean time a token after the first.", ITL_BUCKETS)
+        self.tpot = histogram("request_time_per_output_token_seconds", "Mean time between tokens.", ITL_BUCKETS)
         self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", PHASE_BUCKETS)
         self.queue = histogram("request_queue_time_seconds", "Waiting.", PHASE_BUCKETS)
         self.inference = histogram("request_inference_time_seconds", "Running.", PHASE_BUCKETS)

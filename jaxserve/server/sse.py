@@ -42,7 +42,8 @@ class EventStream(Response):
     """Writes batches as they come and closes their source when the client goes."""
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}   # proxies must not hold tokens back
+        super().__init__(media_type="text/event-stream", headers=headers)
         del self.headers["content-length"]
         self._first = first
         self._rest = rest

@@ -1,6 +1,6 @@
 """What every route shares: the engine, the text engine once there is one, names, metrics. Mutable: `text_engine`.
 
-Invariant: a route gets the text engine only through `serving()`, which raises while there is none or it may not be used.
+Invariant: a route gets the text engine only through `serving()`, which raises while it may not be used.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class ServerState:
             raise UnknownModelError(f"The model `{name}` does not exist. Valid aliases: {aliases}.", param="model")
 
     def claim_id(self, wanted: str) -> str:
-        """`wanted`, or a variation of it while another live request has that id; give it back with `live_ids.discard`."""
+        """`wanted`, varied while another live request has that id. Give it back: `live_ids.discard`."""
         unique, tries = wanted, 1
         while unique in self.live_ids:
             tries += 1

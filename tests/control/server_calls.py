@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
+
 from jaxserve.server.app import ServerState, create_app
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -61,7 +62,9 @@ def served(state: ServerState) -> Iterator[str]:
     """The app in a thread with its own event loop, until the block ends."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(state), log_level="error", lifespan="on", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(state), log_level="error", lifespan="on", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     try:

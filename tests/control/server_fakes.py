@@ -16,7 +16,7 @@ from jaxserve.server.app import ServerState
 
 VOCAB = 256
 LEN_MAX = 64
-ANSWER = "Paris is nice. "   # repeated for as long as it takes; choice i starts at character i
+ANSWER = "Paris is nice. "  # repeated for as long as it takes; choice i starts at character i
 
 
 @dataclass
@@ -46,15 +46,21 @@ class FakeTextEngine:
         self.max_logprobs = 20
         self.default_params: dict[str, object] = {}
         self.info = EngineInfo(
-            model="/models/fake", vocab_size=VOCAB, max_model_len=LEN_MAX, page_size=16, page_count=100, dtype="float32",
-            row_count=8, cache_config={"cache_dtype": "auto", "gpu_memory_utilization": "0.92", "enable_prefix_caching": "True"},
+            model="/models/fake",
+            vocab_size=VOCAB,
+            max_model_len=LEN_MAX,
+            page_size=16,
+            page_count=100,
+            dtype="float32",
+            row_count=8,
+            cache_config={"cache_dtype": "auto", "gpu_memory_utilization": "0.92", "enable_prefix_caching": "True"},
         )
         self.stats = EngineStats()
         self.pause_s = 0.0
         self.hold = asyncio.Event()
         self.hold.set()
         self.fail_before: Exception | None = None
-        self.fail_after: tuple[int, Exception | str] | None = None   # after so many steps: raise, or an error delta
+        self.fail_after: tuple[int, Exception | str] | None = None  # after so many steps: raise, or an error delta
         self.seen: list[TextRequest] = []
         self.rendered: list[dict[str, object]] = []
         self.live: set[str] = set()
@@ -83,9 +89,11 @@ class FakeTextEngine:
             ids = ids[-keep:]
         if len(ids) > LEN_MAX:
             raise RequestError(
-                f"This model's maximum context length is {LEN_MAX} tokens. However, your prompt contains {len(ids)} input "
-                "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input "
-                "prompt.", param="input_tokens", value=len(ids),
+                f"This model's maximum context length is {LEN_MAX} tokens. However, your prompt contains {len(ids)} "
+                "input tokens, which exceeds this limit even without any output tokens. Please reduce the input "
+                "prompt.",
+                param="input_tokens",
+                value=len(ids),
             )
         check_against(request.params, vocab_size=VOCAB, logprobs_max=self.max_logprobs)
         return ids
@@ -129,7 +137,9 @@ class FakeTextEngine:
             prompt_logprobs=scored,
             cached_token_count=2 if is_first else 0,
             times=SequenceTimes(
-                arrival_s=request.arrival_s, scheduled_s=begin_s, first_token_s=begin_s + 0.01,
+                arrival_s=request.arrival_s,
+                scheduled_s=begin_s,
+                first_token_s=begin_s + 0.01,
                 last_token_s=begin_s + 0.01 * (step + 1),
             ),
         )
@@ -143,10 +153,17 @@ class FakeTextEngine:
     def token_text(self, token: int) -> str:
         return bytes([token]).decode(errors="replace")
 
-    async def render_chat(self, messages, *, chat_template, add_generation_prompt, continue_final_message, template_kwargs):
-        self.rendered.append({
-            "messages": messages, "add": add_generation_prompt, "continue": continue_final_message, "kwargs": template_kwargs,
-        })
+    async def render_chat(
+        self, messages, *, chat_template, add_generation_prompt, continue_final_message, template_kwargs
+    ):
+        self.rendered.append(
+            {
+                "messages": messages,
+                "add": add_generation_prompt,
+                "continue": continue_final_message,
+                "kwargs": template_kwargs,
+            }
+        )
         return "|".join(f"{m['role'][0]}:{m['content']}" for m in messages) + ("|a:" if add_generation_prompt else "")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+
 from jaxserve.server.app import create_app
 from tests.control.server_calls import MESSAGES, call, chat, error_of
 from tests.control.server_fakes import make_state
@@ -28,7 +29,9 @@ def test_every_route_but_five_needs_a_key(state):
     pairs = routes(state)
     assert len(pairs) >= 15
     for method, path in pairs:
-        options = {"json": {key: BODIES[key] for key in (("prompt",) if path in ("/tokenize", "/v1/completions") else BODIES)}}
+        options = {
+            "json": {key: BODIES[key] for key in (("prompt",) if path in ("/tokenize", "/v1/completions") else BODIES)}
+        }
         options = options if method == "POST" else {}
         without = call(state, method, path, **options)
         if path in OPEN:
@@ -40,13 +43,25 @@ def test_every_route_but_five_needs_a_key(state):
             headers = {"Authorization": b"Bearer " + key.encode()}
             reply = call(state, method, path, headers=headers, **options)
             assert reply.status_code == (404 if path == "/nope" else 200), (path, reply.text)
-    assert OPEN <= {path for _, path in pairs}
+    assert {path for _, path in pairs} >= OPEN
 
 
-@pytest.mark.parametrize("value", [
-    "", "first-key", "Basic first-key", "Bearer", "Bearer ", "Bearer first-ke", "Bearer first-key2", "Bearer FIRST-KEY",
-    "Bearer first-key,first-key", "Token first-key", "Bearerfirst-key",
-])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "first-key",
+        "Basic first-key",
+        "Bearer",
+        "Bearer ",
+        "Bearer first-ke",
+        "Bearer first-key2",
+        "Bearer FIRST-KEY",
+        "Bearer first-key,first-key",
+        "Token first-key",
+        "Bearerfirst-key",
+    ],
+)
 def test_wrong_keys(state, value):
     assert call(state, "GET", "/v1/models", headers={"Authorization": value}).status_code == 401
 
@@ -61,10 +76,25 @@ def test_two_authorization_headers_are_none(state):
     assert call(state, "GET", "/v1/models", headers=headers).status_code == 401
 
 
-@pytest.mark.parametrize("path", [
-    "//v1/models", "/./v1/models", "/health/../v1/models", "/%76%31/models", "/health/", "/health%2f", "//health", "/HEALTH",
-    "/metrics/x", "/%68ealth", "/health;x", "/v1/models?/health", "/v1/models#/health", "/docs/oauth2-redirect",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//v1/models",
+        "/./v1/models",
+        "/health/../v1/models",
+        "/%76%31/models",
+        "/health/",
+        "/health%2f",
+        "//health",
+        "/HEALTH",
+        "/metrics/x",
+        "/%68ealth",
+        "/health;x",
+        "/v1/models?/health",
+        "/v1/models#/health",
+        "/docs/oauth2-redirect",
+    ],
+)
 def test_no_spelling_opens_a_path(state, path):
     sent = []
 
@@ -78,9 +108,20 @@ def test_no_spelling_opens_a_path(state, path):
         from urllib.parse import unquote
 
         raw = path.encode().split(b"?")[0]
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-                 "path": unquote(raw.decode()), "raw_path": raw, "query_string": b"", "root_path": "", "headers": [],
-                 "client": ("1.1.1.1", 1), "server": ("server", 80)}
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": unquote(raw.decode()),
+            "raw_path": raw,
+            "query_string": b"",
+            "root_path": "",
+            "headers": [],
+            "client": ("1.1.1.1", 1),
+            "server": ("server", 80),
+        }
         await create_app(state)(scope, receive, send)
 
     asyncio.run(ask())
@@ -104,9 +145,20 @@ def test_a_prefix_changes_nothing(state, root):
             return {"type": "http.request", "body": b"", "more_body": False}
 
         full = root + path
-        scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
-                 "path": full, "raw_path": full.encode(), "query_string": b"", "root_path": root, "headers": [],
-                 "client": ("1.1.1.1", 1), "server": ("server", 80)}
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": full,
+            "raw_path": full.encode(),
+            "query_string": b"",
+            "root_path": root,
+            "headers": [],
+            "client": ("1.1.1.1", 1),
+            "server": ("server", 80),
+        }
         await create_app(state)(scope, receive, send)
 
     asyncio.run(ask("/health"))
@@ -121,8 +173,11 @@ def test_without_keys_any_key_is_fine():
 
 def test_cors_answers_preflights_and_marks_even_errors():
     state = make_state(api_key=KEYS, allowed_origins=("https://ui.example",))
-    asked = {"Origin": "https://ui.example", "Access-Control-Request-Method": "POST",
-             "Access-Control-Request-Headers": "authorization,content-type"}
+    asked = {
+        "Origin": "https://ui.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     preflight = call(state, "OPTIONS", "/v1/chat/completions", headers=asked)
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://ui.example"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+
 from jaxserve.server.app import ServerState
 from tests.control.server_calls import MESSAGES, call, connect, served, wait_for
 from tests.control.server_fakes import make_state
@@ -65,8 +66,11 @@ def test_sdk_errors_are_typed(server):
 def test_async_sdk_many_at_once(server):
     async def scenario() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{server[1]}/v1", api_key="secret", max_retries=0) as client:
+
             async def one(stream: bool) -> str:
-                reply = await client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=20, stream=stream)
+                reply = await client.chat.completions.create(
+                    model="tiny", messages=MESSAGES, max_tokens=20, stream=stream
+                )
                 if not stream:
                     return reply.choices[0].message.content
                 return "".join([chunk.choices[0].delta.content async for chunk in reply])
@@ -81,21 +85,29 @@ def test_tokens_arrive_while_the_engine_still_works(server):
     state.text_engine.pause_s = 0.05
     arrivals = []
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 6, "stream": True},
-                          headers={"Authorization": "Bearer secret"}) as reply:
+        with httpx.stream(
+            "POST",
+            f"{url}/v1/completions",
+            json={"prompt": "a", "max_tokens": 6, "stream": True},
+            headers={"Authorization": "Bearer secret"},
+        ) as reply:
             for line in reply.iter_lines():
                 if line.startswith("data: {"):
                     arrivals.append((time.monotonic(), json.loads(line[6:])["choices"][0]["text"]))
     finally:
         state.text_engine.pause_s = 0.0
     assert "".join(text for _, text in arrivals) == "Paris "
-    assert arrivals[-1][0] - arrivals[0][0] > 0.15   # not all at the end
+    assert arrivals[-1][0] - arrivals[0][0] > 0.15  # not all at the end
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("body", [
-    {"prompt": "a", "max_tokens": 50}, {"prompt": ["a", "b"], "max_tokens": 50, "n": 2},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "max_tokens": 50},
+        {"prompt": ["a", "b"], "max_tokens": 50, "n": 2},
+    ],
+)
 def test_a_client_that_leaves_aborts_its_requests_at_once(stream, body):
     state = make_state()
     with served(state) as url:

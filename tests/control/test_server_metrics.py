@@ -4,36 +4,81 @@ import asyncio
 import logging
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from jaxserve.core.request import EngineStats
 from jaxserve.server.request_metrics import token_buckets
 from jaxserve.server.stats_log import log_stats, stats_line
-from prometheus_client.parser import text_string_to_metric_families
 from tests.control.server_calls import call, chat, complete
 from tests.control.server_fakes import make_state
 
-HISTOGRAMS = [f"vllm:{name}" for name in (
-    "time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds",
-    "e2e_request_latency_seconds", "request_queue_time_seconds", "request_inference_time_seconds",
-    "request_prefill_time_seconds", "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
-    "request_max_num_generation_tokens", "request_params_n", "request_params_max_tokens", "iteration_tokens_total",
-    "request_num_preemptions", "request_prefill_kv_computed_tokens",
-)]
+HISTOGRAMS = [
+    f"vllm:{name}"
+    for name in (
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_inference_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "request_max_num_generation_tokens",
+        "request_params_n",
+        "request_params_max_tokens",
+        "iteration_tokens_total",
+        "request_num_preemptions",
+        "request_prefill_kv_computed_tokens",
+    )
+]
 EXPECTED = [
     *(name + end for name in HISTOGRAMS for end in ("_bucket", "_count", "_sum", "_created")),
-    *(f"vllm:{name}" for name in (
-        "num_requests_running", "num_requests_waiting", "num_requests_waiting_by_reason", "kv_cache_usage_perc",
-        "engine_sleep_state", "cache_config_info",
-    )),
-    *(f"vllm:{name}{end}" for end in ("_total", "_created") for name in (
-        "prompt_tokens", "generation_tokens", "request_success", "prefix_cache_queries", "prefix_cache_hits",
-        "external_prefix_cache_queries", "external_prefix_cache_hits", "mm_cache_queries", "mm_cache_hits",
-        "num_preemptions", "prompt_tokens_cached", "prompt_tokens_by_source", "prompt_tokens_cached_by_source",
-        "admission_rejections", "corrupted_requests",
-    )),
-    "jaxserve:compilations_after_ready_total", "jaxserve:compilations_total", "jaxserve:steps_total", "jaxserve:step_tokens",
+    *(
+        f"vllm:{name}"
+        for name in (
+            "num_requests_running",
+            "num_requests_waiting",
+            "num_requests_waiting_by_reason",
+            "kv_cache_usage_perc",
+            "engine_sleep_state",
+            "cache_config_info",
+        )
+    ),
+    *(
+        f"vllm:{name}{end}"
+        for end in ("_total", "_created")
+        for name in (
+            "prompt_tokens",
+            "generation_tokens",
+            "request_success",
+            "prefix_cache_queries",
+            "prefix_cache_hits",
+            "external_prefix_cache_queries",
+            "external_prefix_cache_hits",
+            "mm_cache_queries",
+            "mm_cache_hits",
+            "num_preemptions",
+            "prompt_tokens_cached",
+            "prompt_tokens_by_source",
+            "prompt_tokens_cached_by_source",
+            "admission_rejections",
+            "corrupted_requests",
+        )
+    ),
+    "jaxserve:compilations_after_ready_total",
+    "jaxserve:compilations_total",
+    "jaxserve:steps_total",
+    "jaxserve:step_tokens",
     "jaxserve:phase",
-    "http_requests_total", "http_request_duration_seconds_bucket", "http_request_duration_highr_seconds_bucket",
-    "http_request_size_bytes_sum", "http_response_size_bytes_count", "process_resident_memory_bytes", "python_info",
+    "http_requests_total",
+    "http_request_duration_seconds_bucket",
+    "http_request_duration_highr_seconds_bucket",
+    "http_request_size_bytes_sum",
+    "http_response_size_bytes_count",
+    "process_resident_memory_bytes",
+    "python_info",
 ]
 
 
@@ -75,9 +120,20 @@ def test_before_serving_the_engine_numbers_are_there(state):
 
 def test_engine_stats_are_shown(state):
     state.engine.stats = EngineStats(
-        running_count=3, waiting_count=2, page_count=200, page_used_count=50, prefix_query_tokens=100, prefix_hit_tokens=40,
-        prompt_tokens=100, generation_tokens=7, preemption_count=1, step_count=9, step_tokens=64, compiled_count=12,
-        compiled_after_ready_count=0, corrupted_count=1,
+        running_count=3,
+        waiting_count=2,
+        page_count=200,
+        page_used_count=50,
+        prefix_query_tokens=100,
+        prefix_hit_tokens=40,
+        prompt_tokens=100,
+        generation_tokens=7,
+        preemption_count=1,
+        step_count=9,
+        step_tokens=64,
+        compiled_count=12,
+        compiled_after_ready_count=0,
+        corrupted_count=1,
     )
     assert total(state, "vllm:num_requests_running") == 3
     assert total(state, "vllm:num_requests_waiting_by_reason", reason="capacity") == 2
@@ -85,9 +141,16 @@ def test_engine_stats_are_shown(state):
     assert total(state, "vllm:prefix_cache_hits_total") == 40
     assert total(state, "vllm:prompt_tokens_by_source_total", source="local_compute") == 60
     assert total(state, "vllm:num_preemptions_total") == total(state, "vllm:corrupted_requests_total") == 1
-    assert total(state, "jaxserve:compilations_after_ready_total") == 0 and total(state, "jaxserve:compilations_total") == 12
+    assert (
+        total(state, "jaxserve:compilations_after_ready_total") == 0
+        and total(state, "jaxserve:compilations_total") == 12
+    )
     ((labels, value),) = samples(state)["vllm:cache_config_info"].items()
-    assert value == 1 and {"block_size": "16", "num_gpu_blocks": "100", "engine": "0", "cache_dtype": "auto"}.items() <= dict(labels).items()
+    assert (
+        value == 1
+        and {"block_size": "16", "num_gpu_blocks": "100", "engine": "0", "cache_dtype": "auto"}.items()
+        <= dict(labels).items()
+    )
 
 
 def test_requests_are_counted(state):
@@ -123,7 +186,9 @@ def test_buckets(state):
 
     assert bounds("vllm:time_to_first_token_seconds")[:4] == ["0.001", "0.005", "0.01", "0.02"]
     assert bounds("vllm:time_to_first_token_seconds")[-3:] == ["640.0", "2560.0", "+Inf"]
-    assert len(bounds("vllm:inter_token_latency_seconds")) == 20 and len(bounds("vllm:e2e_request_latency_seconds")) == 22
+    assert (
+        len(bounds("vllm:inter_token_latency_seconds")) == 20 and len(bounds("vllm:e2e_request_latency_seconds")) == 22
+    )
     assert bounds("vllm:request_prompt_tokens") == ["1.0", "2.0", "5.0", "10.0", "20.0", "50.0", "+Inf"]
     assert bounds("vllm:iteration_tokens_total")[-2:] == ["16384.0", "+Inf"]
     assert token_buckets(1000) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -146,8 +211,14 @@ def test_http_metrics_use_route_templates(state):
 def test_the_line_in_vllms_words():
     before = EngineStats(prompt_tokens=100, generation_tokens=50)
     now = EngineStats(
-        prompt_tokens=222, generation_tokens=90, running_count=2, waiting_count=1, page_count=200, page_used_count=25,
-        prefix_query_tokens=200, prefix_hit_tokens=50,
+        prompt_tokens=222,
+        generation_tokens=90,
+        running_count=2,
+        waiting_count=1,
+        page_count=200,
+        page_used_count=25,
+        prefix_query_tokens=200,
+        prefix_hit_tokens=50,
     )
     assert stats_line(before, now, 10.0) == (
         "Engine 000: Avg prompt throughput: 12.2 tokens/s, Avg generation throughput: 4.0 tokens/s, Running: 2 reqs, "

@@ -1,6 +1,7 @@
 """Replies key by key, and which option of a request changes what."""
 
 import pytest
+
 from tests.control.server_calls import MESSAGES, call, chat, complete, events
 from tests.control.server_fakes import make_state
 
@@ -13,21 +14,47 @@ def state():
 def test_chat_object_key_by_key(state):
     reply = chat(state, max_tokens=3).json()
     assert list(reply) == [
-        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint", "usage", "prompt_logprobs",
-        "prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics",
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "service_tier",
+        "system_fingerprint",
+        "usage",
+        "prompt_logprobs",
+        "prompt_token_ids",
+        "prompt_text",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "metrics",
     ]
     assert reply["id"].startswith("chatcmpl-") and len(reply["id"]) == len("chatcmpl-") + 16
     assert reply["object"] == "chat.completion" and reply["model"] == "tiny" and reply["created"] > 0
     (choice,) = reply["choices"]
     assert choice == {
         "index": 0,
-        "message": {"role": "assistant", "content": "Par", "refusal": None, "annotations": None, "audio": None,
-                    "function_call": None, "reasoning": None},
-        "logprobs": None, "finish_reason": "length", "stop_reason": None, "token_ids": None, "routed_experts": None,
+        "message": {
+            "role": "assistant",
+            "content": "Par",
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": None,
+        },
+        "logprobs": None,
+        "finish_reason": "length",
+        "stop_reason": None,
+        "token_ids": None,
+        "routed_experts": None,
     }
     prompt = len("u:hi|a:")
     assert reply["usage"] == {
-        "prompt_tokens": prompt, "total_tokens": prompt + 3, "completion_tokens": 3, "prompt_tokens_details": None,
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + 3,
+        "completion_tokens": 3,
+        "prompt_tokens_details": None,
         "completion_tokens_details": None,
     }
 
@@ -35,14 +62,32 @@ def test_chat_object_key_by_key(state):
 def test_completion_object_key_by_key(state):
     reply = complete(state, max_tokens=2).json()
     assert list(reply) == [
-        "id", "object", "created", "model", "choices", "service_tier", "system_fingerprint", "usage", "kv_transfer_params",
-        "ec_transfer_params", "metrics",
+        "id",
+        "object",
+        "created",
+        "model",
+        "choices",
+        "service_tier",
+        "system_fingerprint",
+        "usage",
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "metrics",
     ]
     assert reply["id"].startswith("cmpl-") and reply["object"] == "text_completion"
-    assert reply["choices"] == [{
-        "index": 0, "text": "Pa", "logprobs": None, "finish_reason": "length", "stop_reason": None, "token_ids": None,
-        "prompt_logprobs": None, "prompt_token_ids": None, "routed_experts": None,
-    }]
+    assert reply["choices"] == [
+        {
+            "index": 0,
+            "text": "Pa",
+            "logprobs": None,
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": None,
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
+            "routed_experts": None,
+        }
+    ]
 
 
 def test_chat_stream_chunk_by_chunk(state):
@@ -50,17 +95,31 @@ def test_chat_stream_chunk_by_chunk(state):
     head = {key: first[key] for key in ("id", "object", "created", "model")}
     assert head["object"] == "chat.completion.chunk"
     assert first == head | {
-        "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],
+        "choices": [
+            {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        ],
         "prompt_token_ids": None,
     }
     assert middle == [
-        head | {"choices": [{"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None,
-                             "token_ids": None}]}
+        head
+        | {
+            "choices": [
+                {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None, "token_ids": None}
+            ]
+        }
         for text in "Pa"
     ]
     assert last == head | {
-        "choices": [{"index": 0, "delta": {"content": "r"}, "logprobs": None, "finish_reason": "length",
-                     "stop_reason": None, "token_ids": None}],
+        "choices": [
+            {
+                "index": 0,
+                "delta": {"content": "r"},
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+                "token_ids": None,
+            }
+        ],
         "system_fingerprint": state.fingerprint,
     }
 
@@ -68,8 +127,15 @@ def test_chat_stream_chunk_by_chunk(state):
 def test_completion_stream_chunk_by_chunk(state):
     first, last = events(complete(state, max_tokens=2, stream=True))
     head = {key: first[key] for key in ("id", "object", "created", "model")}
-    choice = {"index": 0, "text": "P", "logprobs": None, "finish_reason": None, "stop_reason": None,
-              "prompt_token_ids": None, "token_ids": None}
+    choice = {
+        "index": 0,
+        "text": "P",
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+        "prompt_token_ids": None,
+        "token_ids": None,
+    }
     assert first == head | {"choices": [choice], "usage": None}
     assert last["choices"] == [choice | {"text": "a", "finish_reason": "length"}]
 
@@ -126,10 +192,19 @@ def test_every_form_of_a_prompt(state, prompt):
 
 def test_chat_logprobs(state):
     (choice,) = chat(state, max_tokens=1, logprobs=True, top_logprobs=2).json()["choices"]
-    assert choice["logprobs"] == {"content": [{
-        "token": "P", "logprob": -0.5, "bytes": [80],
-        "top_logprobs": [{"token": "P", "logprob": -0.5, "bytes": [80]}, {"token": "Q", "logprob": -9999.0, "bytes": [81]}],
-    }]}
+    assert choice["logprobs"] == {
+        "content": [
+            {
+                "token": "P",
+                "logprob": -0.5,
+                "bytes": [80],
+                "top_logprobs": [
+                    {"token": "P", "logprob": -0.5, "bytes": [80]},
+                    {"token": "Q", "logprob": -9999.0, "bytes": [81]},
+                ],
+            }
+        ]
+    }
     (bare,) = chat(state, max_tokens=1, logprobs=True).json()["choices"]
     assert bare["logprobs"]["content"][0]["top_logprobs"] == []
     named = chat(state, max_tokens=1, logprobs=True, return_tokens_as_token_ids=True).json()["choices"][0]
@@ -158,7 +233,7 @@ def test_echo_without_tokens_scores_only_the_prompt(state):
     (choice,) = reply["choices"]
     assert choice["text"] == "abc" and choice["logprobs"]["tokens"] == ["a", "b", "c"]
     assert choice["logprobs"]["top_logprobs"] == [None, {"b": -0.5}, {"c": -0.5}]
-    assert reply["usage"]["completion_tokens"] == 1   # the engine had to sample one
+    assert reply["usage"]["completion_tokens"] == 1  # the engine had to sample one
     (chunk,) = events(complete(state, echo=True, logprobs=0, max_tokens=0, stream=True))
     assert chunk["choices"][0]["text"] == "abc"
 
@@ -192,13 +267,33 @@ def test_stop_string_and_its_reason(state):
 
 def test_what_the_client_says_reaches_the_engine(state):
     said = {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2,
-        "frequency_penalty": -0.2, "seed": 3, "min_tokens": 1, "stop_token_ids": [5], "bad_words": ["x"],
-        "include_stop_str_in_output": True, "ignore_eos": True, "skip_special_tokens": False,
-        "spaces_between_special_tokens": False, "allowed_token_ids": [1, 2],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.2,
+        "seed": 3,
+        "min_tokens": 1,
+        "stop_token_ids": [5],
+        "bad_words": ["x"],
+        "include_stop_str_in_output": True,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "allowed_token_ids": [1, 2],
     }
-    complete(state, **said, logit_bias={"9": -3}, max_tokens=4, priority=2, cache_salt="s", add_special_tokens=False,
-             truncate_prompt_tokens=2)
+    complete(
+        state,
+        **said,
+        logit_bias={"9": -3},
+        max_tokens=4,
+        priority=2,
+        cache_salt="s",
+        add_special_tokens=False,
+        truncate_prompt_tokens=2,
+    )
     (request,) = state.text_engine.seen
     for name, value in said.items():
         assert getattr(request.params, name) == (tuple(value) if isinstance(value, list) else value), name
@@ -226,22 +321,28 @@ def test_max_completion_tokens_wins_over_its_old_name(state):
 
 def test_messages_reach_the_template_as_text(state):
     parts = [{"type": "text", "text": "one"}, "two", {"type": "input_text", "text": "three"}]
-    messages = [{"role": "system", "content": "S", "name": "boss", "vendor": 1}, {"role": "user", "content": parts},
-                {"role": "assistant", "content": None}]
+    messages = [
+        {"role": "system", "content": "S", "name": "boss", "vendor": 1},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None},
+    ]
     chat(state, messages=messages, chat_template_kwargs={"a": 1}, reasoning_effort="none", max_tokens=1)
     (seen,) = state.text_engine.rendered
     assert seen["messages"] == [
-        {"role": "system", "content": "S", "name": "boss"}, {"role": "user", "content": "one\ntwo\nthree"},
+        {"role": "system", "content": "S", "name": "boss"},
+        {"role": "user", "content": "one\ntwo\nthree"},
         {"role": "assistant", "content": ""},
     ]
     assert seen["kwargs"] == {"a": 1, "reasoning_effort": "none", "enable_thinking": False}
     assert seen["add"] is True and seen["continue"] is False
-    assert state.text_engine.seen[0].add_special_tokens is False   # the template has them already
+    assert state.text_engine.seen[0].add_special_tokens is False  # the template has them already
 
 
 def test_continue_final_message_and_echo(state):
     messages = [*MESSAGES, {"role": "assistant", "content": "It is "}]
-    reply = chat(state, messages=messages, continue_final_message=True, add_generation_prompt=False, echo=True, max_tokens=5)
+    reply = chat(
+        state, messages=messages, continue_final_message=True, add_generation_prompt=False, echo=True, max_tokens=5
+    )
     assert reply.json()["choices"][0]["message"]["content"] == "It is Paris"
     assert (state.text_engine.rendered[0]["add"], state.text_engine.rendered[0]["continue"]) == (False, True)
     chunks = events(chat(state, messages=messages, continue_final_message=True, echo=True, max_tokens=5, stream=True))
@@ -249,7 +350,9 @@ def test_continue_final_message_and_echo(state):
 
 
 def test_ids_come_from_the_client_where_given(state):
-    named = call(state, "POST", "/v1/completions", json={"prompt": "a", "request_id": "body"}, headers={"X-Request-Id": "head"})
+    named = call(
+        state, "POST", "/v1/completions", json={"prompt": "a", "request_id": "body"}, headers={"X-Request-Id": "head"}
+    )
     assert named.json()["id"] == "cmpl-head"
     assert chat(state, request_id="body", max_tokens=1).json()["id"] == "chatcmpl-body"
     assert state.live_ids == set()

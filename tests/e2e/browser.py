@@ -81,12 +81,24 @@ def browser(profile: Path, *flags: str) -> Iterator[Page]:
     their_in, our_out = os.pipe()
     our_in, their_out = os.pipe()
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-        "--remote-debugging-pipe", f"--user-data-dir={profile}", "--window-size=900,760", *flags,
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+        "--remote-debugging-pipe",
+        f"--user-data-dir={profile}",
+        "--window-size=900,760",
+        *flags,
     ]
-    shell = ["bash", "-c", f'exec 3<&{their_in} 4>&{their_out}; exec "$@"', "bash", *command]   # it talks on 3 and 4
+    shell = ["bash", "-c", f'exec 3<&{their_in} 4>&{their_out}; exec "$@"', "bash", *command]  # it talks on 3 and 4
     process = subprocess.Popen(
-        shell, pass_fds=(their_in, their_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
+        shell,
+        pass_fds=(their_in, their_out),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
     )
     os.close(their_in)
     os.close(their_out)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from tests.control.server_calls import served, wait_for
 from tests.control.server_fakes import make_state
 from tests.e2e.browser import CHROMIUM, browser
@@ -12,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian package: chromium)"),
     pytest.mark.timeout(120),
 ]
+IS_OVER = "document.getElementById('send').textContent === 'Send'"
 LAST = "[...document.querySelectorAll('.assistant .said')].at(-1)?.textContent"
 
 
@@ -39,7 +41,9 @@ def test_a_conversation_streams(page):
     state = make_state()
     with served(state) as url:
         page.open(url)
-        assert "tiny" in page.wait("document.getElementById('model').textContent.includes('tiny') && document.getElementById('model').textContent")
+        assert "tiny" in page.wait(
+            "document.getElementById('model').textContent.includes('tiny') && document.getElementById('model').textContent"
+        )
         picture(page, "empty")
         state.text_engine.pause_s = 0.03
         set_(page, "max_tokens", "20")
@@ -47,18 +51,25 @@ def test_a_conversation_streams(page):
         set_(page, "system", "S")
         say(page, "hi")
         part = page.wait(f"({LAST} || '').length > 2 && {LAST}")
-        assert "Paris is nice. Paris".startswith(part) and len(part) < 20   # seen while it grows
+        assert "Paris is nice. Paris".startswith(part) and len(part) < 20  # seen while it grows
         assert page.evaluate("document.getElementById('send').textContent") == "Stop"
         page.wait("document.getElementById('send').textContent === 'Send'")
         assert page.evaluate(LAST) == "Paris is nice. Paris"
         numbers = page.evaluate("document.querySelector('.numbers').textContent")
-        assert "20 tokens" in numbers and "first after" in numbers and "tokens/s" in numbers and "cut at max tokens" in numbers
+        assert (
+            "20 tokens" in numbers
+            and "first after" in numbers
+            and "tokens/s" in numbers
+            and "cut at max tokens" in numbers
+        )
         assert state.text_engine.seen[0].params.temperature == 0.5
         say(page, "<b>x</b>")
-        page.wait("document.querySelectorAll('.assistant').length === 2 && document.getElementById('send').textContent === 'Send'")
+        page.wait(
+            "document.querySelectorAll('.assistant').length === 2 && document.getElementById('send').textContent === 'Send'"
+        )
         said = [(m["role"], m["content"]) for m in state.text_engine.rendered[-1]["messages"]]
         assert said == [("system", "S"), ("user", "hi"), ("assistant", "Paris is nice. Paris"), ("user", "<b>x</b>")]
-        assert page.evaluate("document.querySelectorAll('.user')[1].textContent") == "<b>x</b>"   # text, never markup
+        assert page.evaluate("document.querySelectorAll('.user')[1].textContent") == "<b>x</b>"  # text, never markup
         picture(page, "conversation")
         page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
         picture(page, "dark")
@@ -88,9 +99,13 @@ def test_it_asks_for_the_key(page):
         page.wait("document.getElementById('ask-key').open")
         picture(page, "key")
         for key in ("wrong", "secret"):
-            page.evaluate(f"document.getElementById('key').value = {key!r}; document.querySelector('#key-form button').click()")
+            page.evaluate(
+                f"document.getElementById('key').value = {key!r}; document.querySelector('#key-form button').click()"
+            )
             if key == "wrong":
-                page.wait("document.getElementById('ask-key').open && document.getElementById('key-why').textContent.includes('not accepted')")
+                page.wait(
+                    "document.getElementById('ask-key').open && document.getElementById('key-why').textContent.includes('not accepted')"
+                )
         page.wait("document.getElementById('dot').className === 'up'")
         set_(page, "max_tokens", "5")
         say(page, "hi")

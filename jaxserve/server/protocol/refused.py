@@ -70,7 +70,7 @@ def check_supported(extra: Mapping[str, object] | None, *, choices: int = 1) -> 
         if value is None:
             continue
         if name == "best_of" and (value != choices or isinstance(value, bool)):
-            raise UnsupportedFieldError(f"best_of is accepted only where it equals n={choices}, got {value!r}.", param=name)
+            raise UnsupportedFieldError(f"best_of must equal n={choices} where it is given, got {value!r}.", param=name)
         if name not in _REFUSED:
             continue
         reason, neutral = _REFUSED[name]

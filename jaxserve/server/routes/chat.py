@@ -61,7 +61,7 @@ def _logprobs(body: ChatCompletionRequest) -> int | None:
     """How many alternatives the engine is asked for."""
     top = body.top_logprobs or 0
     if top < -1:
-        raise RequestError(f"top_logprobs must be at least 0, or -1 for all, got {top}.", param="top_logprobs", value=top)
+        raise RequestError(f"top_logprobs must be at least 0, or -1 for all, got {top}.", param="top_logprobs")
     if top and not body.logprobs:
         raise RequestError("when using top_logprobs, logprobs must be set to true.", param="top_logprobs")
     return top if body.logprobs else None

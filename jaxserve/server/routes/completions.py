@@ -14,7 +14,7 @@ from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.core.text_request import TextRequest
 from jaxserve.server.completion_reply import CompletionShape, completion_chunks, completion_object
 from jaxserve.server.connection import while_connected
-from jaxserve.server.convert import base_request_id, check_shared, sampling_params
+from jaxserve.server.convert import base_request_id, check_shared, check_token_ids, sampling_params
 from jaxserve.server.generation import collect, generate
 from jaxserve.server.protocol.completions import PROMPTS_MAX, CompletionRequest
 from jaxserve.server.protocol.refused import check_supported
@@ -81,12 +81,9 @@ def _check_prompts(body: CompletionRequest, engine: TextEngine) -> None:
     for prompt in prompts:
         if isinstance(prompt, str):
             continue
-        for token in prompt:
-            if not 0 <= token < engine.info.vocab_size:
-                raise RequestError(f"Token id {token} is out of vocabulary: ids are in [0, {engine.info.vocab_size - 1}].",
-                                   param="prompt", value=token)
+        check_token_ids(prompt, engine.info.vocab_size, param="prompt")
     if not engine.has_tokenizer and (body.echo or any(isinstance(prompt, str) for prompt in prompts)):
-        raise RequestError("this model is served without a tokenizer: prompts are token ids, without echo.", param="prompt")
+        raise RequestError("this model is served without a tokenizer: prompts are ids, without echo.", param="prompt")
 
 
 def _params(body: CompletionRequest, engine: TextEngine) -> SamplingParams:
@@ -95,8 +92,9 @@ def _params(body: CompletionRequest, engine: TextEngine) -> SamplingParams:
     if body.echo and max_tokens == 0:
         max_tokens = 1   # the engine always samples once; the reply hides it
     scores = body.prompt_logprobs
-    if body.echo and body.logprobs is not None and (scores is None or -1 < scores < body.logprobs or body.logprobs == -1):
-        scores = body.logprobs
+    if body.echo and body.logprobs is not None:
+        asked = (body.logprobs, body.logprobs if scores is None else scores)
+        scores = -1 if -1 in asked else max(asked)
     return sampling_params(
         body, engine.default_params, max_tokens=max_tokens, max_model_len=engine.info.max_model_len,
         logprobs=body.logprobs, prompt_logprobs=scores, detokenize=engine.has_tokenizer,

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jaxserve.core.errors import RequestError
-from jaxserve.server.convert import template_messages
+from jaxserve.server.convert import check_token_ids, template_messages
 from jaxserve.server.protocol.refused import check_supported
 from jaxserve.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from jaxserve.server.rendering import Rendering, render
@@ -48,8 +48,5 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     state.check_model(body.model)
     if not engine.has_tokenizer:
         raise RequestError(_NO_TOKENIZER, param="tokens")
-    for token in body.tokens:
-        if not 0 <= token < engine.info.vocab_size:
-            raise RequestError(f"Token id {token} is out of vocabulary: ids are in [0, {engine.info.vocab_size - 1}].",
-                               param="tokens", value=token)
+    check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
     return json_response({"prompt": engine.decode(body.tokens)})
