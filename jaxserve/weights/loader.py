@@ -7,6 +7,8 @@ Invariant: values are finite, or WeightsError names the tensor that is not.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from jaxserve.weights.rules import Assembly, match
 from jaxserve.weights.safetensors import StoredTensor, read_folder
 
 ALIGNMENT = 64          # XLA on the CPU adopts host memory that is aligned so, and copies other memory
+HUGE_BYTES_MIN = 4 << 20
 THREADS_MAX = 8
 CHUNK_BYTES = 1 << 20   # copied, then checked while still in the cache
 
@@ -109,8 +112,14 @@ def is_finite(values: HostArray) -> bool:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> HostArray:
-    """Uninitialised memory that XLA's CPU client can adopt."""
+    """Memory that XLA's CPU client can adopt; its content is arbitrary."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if nbytes >= HUGE_BYTES_MIN and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Faulting memory in by 4 KiB pages takes longer than copying the weights: 0.7 against 6 GB/s measured.
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):      # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(memory, dtype).reshape(shape)
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
