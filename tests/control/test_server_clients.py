@@ -58,9 +58,11 @@ def test_sdk_errors_are_typed(server):
                 list(client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True))
         finally:
             state.text_engine.fail_after = None
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client:
-        with pytest.raises(openai.AuthenticationError):
-            client.models.list()
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        client.models.list()
 
 
 def test_async_sdk_many_at_once(server):

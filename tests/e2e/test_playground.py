@@ -42,7 +42,7 @@ def test_a_conversation_streams(page):
     with served(state) as url:
         page.open(url)
         assert "tiny" in page.wait(
-            "document.getElementById('model').textContent.includes('tiny') && document.getElementById('model').textContent"
+            "(text => text.includes('tiny') && text)(document.getElementById('model').textContent)"
         )
         picture(page, "empty")
         state.text_engine.pause_s = 0.03
@@ -53,7 +53,7 @@ def test_a_conversation_streams(page):
         part = page.wait(f"({LAST} || '').length > 2 && {LAST}")
         assert "Paris is nice. Paris".startswith(part) and len(part) < 20  # seen while it grows
         assert page.evaluate("document.getElementById('send').textContent") == "Stop"
-        page.wait("document.getElementById('send').textContent === 'Send'")
+        page.wait(IS_OVER)
         assert page.evaluate(LAST) == "Paris is nice. Paris"
         numbers = page.evaluate("document.querySelector('.numbers').textContent")
         assert (
@@ -64,9 +64,7 @@ def test_a_conversation_streams(page):
         )
         assert state.text_engine.seen[0].params.temperature == 0.5
         say(page, "<b>x</b>")
-        page.wait(
-            "document.querySelectorAll('.assistant').length === 2 && document.getElementById('send').textContent === 'Send'"
-        )
+        page.wait(f"document.querySelectorAll('.assistant').length === 2 && {IS_OVER}")
         said = [(m["role"], m["content"]) for m in state.text_engine.rendered[-1]["messages"]]
         assert said == [("system", "S"), ("user", "hi"), ("assistant", "Paris is nice. Paris"), ("user", "<b>x</b>")]
         assert page.evaluate("document.querySelectorAll('.user')[1].textContent") == "<b>x</b>"  # text, never markup
@@ -87,7 +85,7 @@ def test_stop_aborts_in_the_engine_and_keeps_what_came(page):
         say(page, "hi")
         page.wait(f"({LAST} || '').length > 2")
         page.evaluate("document.getElementById('send').click()")
-        page.wait("document.getElementById('send').textContent === 'Send'")
+        page.wait(IS_OVER)
         wait_for(lambda: len(state.text_engine.aborted) == 1)
         assert "stopped" in page.evaluate("document.querySelector('.numbers').textContent")
         assert page.evaluate(f"{LAST}.length") < 40
@@ -104,7 +102,8 @@ def test_it_asks_for_the_key(page):
             )
             if key == "wrong":
                 page.wait(
-                    "document.getElementById('ask-key').open && document.getElementById('key-why').textContent.includes('not accepted')"
+                    "document.getElementById('ask-key').open"
+                    " && document.getElementById('key-why').textContent.includes('not accepted')"
                 )
         page.wait("document.getElementById('dot').className === 'up'")
         set_(page, "max_tokens", "5")
