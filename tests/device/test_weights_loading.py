@@ -49,7 +49,8 @@ def load(folder: Path, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", TINY_NAMES)
 def test_fused_parameters_are_the_stacked_tensors(name: str) -> None:
-    stored = {key.removeprefix("model."): np.asarray(t.data, np.float32) for key, t in read_folder(FIXTURES / name).items()}
+    folder = read_folder(FIXTURES / name)
+    stored = {key.removeprefix("model."): np.asarray(tensor.data, np.float32) for key, tensor in folder.items()}
     params = load(FIXTURES / name)
     abstract = abstract_params(read_spec(FIXTURES / name), jnp.float32)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
@@ -184,7 +185,8 @@ def test_host_memory_becomes_the_device_array_on_the_cpu() -> None:
     """No second copy: XLA adopts aligned memory."""
     values = aligned_empty((64, 32), np.float32)
     values[...] = 1
-    array = jax.make_array_from_callback((64, 32), jax.sharding.NamedSharding(mesh(), PartitionSpec()), lambda i: values[i])
+    whole = jax.sharding.NamedSharding(mesh(), PartitionSpec())
+    array = jax.make_array_from_callback((64, 32), whole, lambda index: values[index])
     assert array.unsafe_buffer_pointer() == values.ctypes.data
 
 

@@ -80,7 +80,8 @@ def synthetic(folder: Path, layer_count: int, dtype: Any = ml_dtypes.bfloat16) -
 
 
 def probe(folder: Path, how: str, dtype: str = "bfloat16") -> dict[str, float]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    search = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": search}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(folder), how, dtype], env=environment, capture_output=True, text=True,
         timeout=280, check=False,
