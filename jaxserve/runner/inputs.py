@@ -4,7 +4,7 @@ device. The only file that knows padding.
 Padding tokens carry row R, position 0 and token 0; padding samples row R; padding page updates row R: every scatter
 drops them, every gather of them is unused.
 Invariant: `unpack(layout, pack(plan, layout))` holds the plan; a packed vector is fresh for every step and never
-written again, because device_put may alias it for as long as the step is in flight.
+written again, because the device may alias it for as long as the step is in flight.
 """
 
 from __future__ import annotations

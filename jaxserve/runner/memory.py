@@ -112,7 +112,7 @@ def device_budget(device: jax.Device, *, utilization: float) -> Budget:
         )
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
-        raise CapacityError(f"{device.device_kind} does not say how much memory it has: use a CPU, CUDA or ROCm device.")
+        raise CapacityError(f"{device.device_kind} does not tell its memory: serve on a CPU, CUDA or ROCm device.")
     limit = int(stats["bytes_limit"])
     reserve = max(GPU_RESERVE_BYTES_MIN, int(limit * GPU_RESERVE))
     return Budget(total_bytes=int(limit / utilization), budget_bytes=limit, reserve_bytes=reserve)

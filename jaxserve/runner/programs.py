@@ -21,7 +21,7 @@ from jaxserve.runner.compile import Program
 from jaxserve.runner.forward import ForwardResult, Sampling, forward
 from jaxserve.runner.inputs import StepLayout
 from jaxserve.runner.row_state import RowState
-from jaxserve.runner.sample import sample_step, score_step
+from jaxserve.runner.sample import head_params, sample_step, score_step
 from jaxserve.runner.sampling import Logprobs, Sampled
 from jaxserve.runner.setup import RunnerSetup
 from kernels_pallas.storage import storage_dtype
@@ -36,13 +36,8 @@ class ProgramSet:
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype)
-        leaves, self._tree = jax.tree.flatten(params)
-        self._leaves = tuple(
-            jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or setup.replicated
-            )
-            for leaf in leaves
-        )
+        self._leaves, self._tree = self._flat(params)
+        self._head_leaves, self._head_tree = self._flat(head_params(params, setup.spec))
         self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)
         self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
         self._rows = self._placed(jax.eval_shape(functools.partial(rows.empty, setup.shape)))
@@ -80,9 +75,9 @@ class ProgramSet:
         return self._program(
             f"sample_B{count}",
             functools.partial(
-                sample_step, model=self._model, tree=self._tree, count=count, alternatives=alternatives, mode=mode
+                sample_step, model=self._model, tree=self._head_tree, count=count, alternatives=alternatives, mode=mode
             ),
-            (self._leaves, self._sampling, self._rows),
+            (self._head_leaves, self._sampling, self._rows),
             (self._rows, Sampled(0, 0, LOGPROBS)), donated=(2,), closes_over=(mode, alternatives),
         )
 
@@ -92,8 +87,8 @@ class ProgramSet:
         alternatives = setup.shape.alternatives_max
         return self._program(
             f"score_T{tokens}",
-            functools.partial(score_step, model=self._model, tree=self._tree, alternatives=alternatives),
-            (self._leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
+            functools.partial(score_step, model=self._model, tree=self._head_tree, alternatives=alternatives),
+            (self._head_leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
             LOGPROBS, closes_over=alternatives,
         )
 
@@ -134,6 +129,14 @@ class ProgramSet:
             results=jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self._setup.replicated, results),
             identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {closes_over!r}",
         )
+
+    def _flat(self, params: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
+        leaves, tree = jax.tree.flatten(params)
+        placed = [getattr(leaf, "sharding", None) or self._setup.replicated for leaf in leaves]
+        return tuple(
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(leaves, placed, strict=True)
+        ), tree
 
     def _array(self, *size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=self._setup.replicated)

@@ -14,12 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxserve.core.model_spec import ModelSpec
 from jaxserve.models.decoder import Decoder
 from jaxserve.runner.forward import Sampling
 from jaxserve.runner.row_state import RowState, advance
 from jaxserve.runner.sampling import Logprobs, LogprobsMode, Sampled, logprobs, no_logprobs, sample_rows
 
 SCORE_ROWS = 64     # positions scored at once: their logits are the program's largest temporary
+
+
+def head_params(params: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """The parameters that logits need: a call's host time grows with its arguments."""
+    name = "embedding" if spec.is_tied else "head"
+    return {name: params[name]}
 
 
 def sample_step(
@@ -33,7 +40,7 @@ def sample_step(
     alternatives: int,
     mode: LogprobsMode,
 ) -> tuple[RowState, Sampled]:
-    """Samples one token for each of the first `count` rows of `step`."""
+    """Samples one token for each of the first `count` rows of `step`; leaves and tree are those of `head_params`."""
     row_B, position_B = step.row_B[:count], step.position_B[:count]
     logits_BV = _logits(model, tree, leaves, step.hidden_BD[:count])
     sampled = sample_rows(logits_BV, rows, row_B, position_B, mode=mode, alternatives=alternatives)

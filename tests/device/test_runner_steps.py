@@ -143,27 +143,26 @@ class _PaddingPoison:
         self.poisoned_count = 0
 
     def launch(self, plan):
-        put = self._runner._put
+        forward = self._runner._forward
 
-        def poisoned(arrays):
-            if isinstance(arrays, np.ndarray) and arrays.ndim == 1:
-                layout = next(x for x in self._runner._programs._layouts.values() if x.size == arrays.shape[0])
-                view = layout.views(arrays)
-                view["token_T"][plan.token_count :] = 41
-                view["position_T"][plan.token_count :] = 3
-                view["sample_token_B"][plan.sample_count :] = layout.tokens - 1
-                view["sample_position_B"][plan.sample_count :] = 63
-                for group, updates in enumerate(plan.page_updates):
-                    for name in ("index_U", "page_U"):
-                        view[f"{name}.{group}"][len(updates.row_U) :] = 1
-                self.poisoned_count += 1
-            return put(arrays)
+        def poisoned(tokens, packed):
+            layout = self._runner._programs.layout(tokens)
+            view = layout.views(packed)
+            view["token_T"][plan.token_count :] = 41
+            view["position_T"][plan.token_count :] = 3
+            view["sample_token_B"][plan.sample_count :] = layout.tokens - 1
+            view["sample_position_B"][plan.sample_count :] = 63
+            for group, updates in enumerate(plan.page_updates):
+                for name in ("index_U", "page_U"):
+                    view[f"{name}.{group}"][len(updates.row_U) :] = 1
+            self.poisoned_count += 1
+            return forward(tokens, packed)
 
-        self._runner._put = poisoned
+        self._runner._forward = poisoned
         try:
             return self._runner.launch(plan)
         finally:
-            del self._runner._put
+            del self._runner._forward
 
 
 def test_logprobs_are_of_the_raw_distribution(runner, model):
