@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxserve.serve")
 
+HTTP_STOP_S_MAX = 10.0   # for replies on their way and the lifespan's end, once the engine is gone
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a server until a signal or a fatal error. Returns the exit status."""
@@ -93,7 +95,9 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
     except JaxserveError as error:
         print(f"jaxserve: error: {error}", file=sys.stderr)
         status = 1
-    await _wind_down(config, state, engine, supervisor, server)
+    await _wind_down(config, engine, supervisor)
+    server.should_exit = True
+    await asyncio.wait(tasks[:1], timeout=HTTP_STOP_S_MAX)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -148,18 +152,14 @@ def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
     )
 
 
-async def _wind_down(
-    config: ServeConfig, state: ServerState, engine: AsyncEngine, supervisor: Supervisor, server: uvicorn.Server
-) -> None:
-    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends both servers."""
+async def _wind_down(config: ServeConfig, engine: AsyncEngine, supervisor: Supervisor) -> None:
+    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends the engine process."""
     if engine.status.phase != "dead":
         engine.status.phase, engine.status.detail = "draining", "the server is shutting down"
     if engine.live_count and config.frontend.shutdown_timeout > 0:
         logger.info("finishing %d requests within %d s", engine.live_count, config.frontend.shutdown_timeout)
         await engine.wait_idle(config.frontend.shutdown_timeout)
     engine.abort_all("the server is shutting down")
-    await asyncio.sleep(0)
-    server.should_exit = True
     await supervisor.stop()
     if config.frontend.uds is not None and os.path.exists(config.frontend.uds):
         os.unlink(config.frontend.uds)

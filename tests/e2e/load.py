@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import httpx
 
+WITH_MARGINS = {"logprobs": 2, "return_tokens_as_token_ids": True}   # ids: two tokens may decode to the same text
 TIE = 1e-4   # greedy tokens may differ only where the two best log-probabilities are closer than this
 
 
@@ -81,7 +82,7 @@ def differences(together: list[Answer | None], alone: list[Answer | None]) -> li
 async def _answer(client: httpx.AsyncClient, job: Job, *, with_margins: bool = False) -> Answer | None:
     if job.leave_after is not None and not with_margins:
         return await _leave(client, job)
-    reply = await client.post("/v1/completions", json=job.body | ({"logprobs": 2} if with_margins else {}))
+    reply = await client.post("/v1/completions", json=job.body | (WITH_MARGINS if with_margins else {}))
     assert reply.status_code == 200, reply.text
     choice = reply.json()["choices"][0]
     margins = ()

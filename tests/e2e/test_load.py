@@ -43,7 +43,7 @@ def check_load(server, jobs, *, wants_preemption: bool = False) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tiny_model_under_mixed_load(serve, tiny_llama, variant):
     """Reduced: 32 requests on a tiny random checkpoint, every switch."""
-    jobs = make_jobs(32, vocab=250, prompt_max=120, output_max=40, seed=3)
+    jobs = make_jobs(32, vocab=250, prompt_max=90, output_max=100, seed=3)
     flags = ["--model", str(tiny_llama), "--dtype", "float32", "--max-model-len", "192", "--max-num-seqs", "16",
              "--max-num-batched-tokens", "192" if variant == "no-chunked-prefill" else "64", *VARIANTS[variant]]
     flags += ["--kv-cache-memory-bytes", str(26 * 9216) if variant == "small-pool" else "64M"]   # 26 pages: two sequences
