@@ -13,7 +13,6 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from jaxserve.core.config import EngineConfig
@@ -81,7 +80,7 @@ class LLM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -168,7 +167,7 @@ class LLM:
             request_id=str(next(self._ids)), params=params, arrival_s=time.monotonic(), **fields,  # type: ignore[arg-type]
         )
         text.check(request, info)
-        ids = request.prompt_token_ids
+        ids: Sequence[int] | None = request.prompt_token_ids
         if ids is None:
             ids = text.need_tokenizer().encode(request.prompt or "", add_special_tokens=request.add_special_tokens)
         text.engine_requests(request, ids, info)   # raises where the length does not fit

@@ -88,7 +88,8 @@ class TextEngine:
                 self._engine.submit(requests, mailbox.put)
                 while not all(choice.is_finished for choice in choices.values()):
                     given = await mailbox.take()
-                    deltas = [self._take(choices[i], outputs) for i, outputs in given.items() if not choices[i].is_finished]
+                    arrived = ((choices[i], outputs) for i, outputs in given.items())
+                    deltas = [self._take(choice, outputs) for choice, outputs in arrived if not choice.is_finished]
                     if deltas:   # else only what the engine gave before it heard of a stop string
                         yield deltas
             finally:
@@ -110,7 +111,8 @@ class TextEngine:
         for token_id in ids:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(
-                    f"Token id {token_id} is out of vocabulary: ids are in [0, {vocab_size - 1}].", param="tokens", value=token_id
+                    f"Token id {token_id} is out of vocabulary: ids are in [0, {vocab_size - 1}].",
+                    param="tokens", value=token_id,
                 )
         return self._text.need_tokenizer().decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -142,7 +144,7 @@ class TextEngine:
     async def _prepare(self, request: TextRequest) -> list[EngineRequest]:
         info = self.info
         self._text.check(request, info)
-        ids = request.prompt_token_ids
+        ids: Sequence[int] | None = request.prompt_token_ids
         if ids is None:
             assert request.prompt is not None
             ids = await self.encode(request.prompt, add_special_tokens=request.add_special_tokens)

@@ -22,7 +22,9 @@ from jaxserve.core.errors import ConfigError, RequestError
 from jaxserve.text.folder import read_json
 
 TEMPLATES_MAX = 32                    # compiled at once
-OWN_NAMES = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"))
+OWN_NAMES = frozenset(
+    ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
+)
 _MARK = "JAXSERVE_CONTINUES_HERE "    # its trailing space tells whether the template trims messages
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -78,7 +80,7 @@ class ChatTemplate:
             return self._templates["default"]
         if self._templates:
             raise RequestError(
-                f"this model has several chat templates, none of them the default: name one of {sorted(self._templates)}."
+                f"this model has several chat templates and no default: name one of {sorted(self._templates)}."
             )
         raise RequestError(
             "The served model has no chat template, so messages cannot become a prompt: send a plain prompt, "
@@ -99,7 +101,7 @@ def load_chat_template(folder: Path | None, override: str | None, special_tokens
             try:
                 _compiled(source)
             except RequestError as error:
-                raise ConfigError(f"the chat template is not valid Jinja: {error}; set another with --chat-template") from error
+                raise ConfigError(f"not valid Jinja: {error}; set another with --chat-template") from error
     return ChatTemplate(templates, special_tokens)
 
 
@@ -134,7 +136,7 @@ def _override(override: str, templates: Mapping[str, str]) -> str:
 class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks what the model wrote, for training; here it is plain text."""
 
-    tags = frozenset(("generation",))
+    tags = {"generation"}   # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -201,13 +203,14 @@ def _render(template: Template, variables: dict[str, object]) -> str:
     except TemplateError as error:
         raise RequestError(str(error.message or error)) from error
     except Exception as error:  # a template is somebody's program: any error of it is the request's or the template's
-        raise RequestError(f"The chat template cannot render these messages: {type(error).__name__}: {error}") from error
+        message = f"The chat template cannot render these messages: {type(error).__name__}: {error}"
+        raise RequestError(message) from error
 
 
 def _plain(message: Message, reads_parts: bool) -> dict[str, object]:
     """One message as templates expect it: no None, tool arguments as objects, text parts joined if need be."""
     if not isinstance(message, Mapping):
-        raise RequestError(f"a message must be an object with role and content, got {message!r:.100}.", param="messages")
+        raise RequestError(f"a message must be an object, got {type(message).__name__}.", param="messages")
     plain = {key: value for key, value in message.items() if value is not None}
     if not isinstance(plain.get("role"), str):
         raise RequestError("every message needs a role.", param="messages")
@@ -226,7 +229,7 @@ def _part_text(part: object) -> str:
     text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise RequestError(f"content parts of type {kind!r} are not supported: this server reads text only.", param="messages")
+        raise RequestError(f"content parts of type {kind!r} are not supported: text only.", param="messages")
     return text
 
 
@@ -247,16 +250,16 @@ def _mark_end(message: dict[str, object]) -> None:
     if isinstance(content, str):
         message["content"] = content + _MARK
     elif isinstance(content, list) and content:
-        content[-1] = {**content[-1], "text": content[-1]["text"] + _MARK}
+        message["content"] = [*content[:-1], {"type": "text", "text": content[-1]["text"] + _MARK}]
     else:
-        raise RequestError("continue_final_message needs a last message with text content.", param="continue_final_message")
+        raise RequestError("continue_final_message needs a last message with text.", param="continue_final_message")
 
 
 def _cut_at_mark(text: str) -> str:
     at = text.rfind(_MARK.strip())
     if at < 0:
         raise RequestError(
-            "continue_final_message: the chat template does not show the last message as it is, so it cannot be continued.",
+            "continue_final_message: the chat template changes the last message, so it cannot be continued.",
             param="continue_final_message",
         )
     return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()

@@ -73,6 +73,7 @@ def _read(folder: Path, config: ModelConfig) -> dict[str, object]:
     path = other / "generation_config.json" if other.is_dir() else other
     if not path.is_file():
         raise ConfigError(
-            f"--generation-config {config.generation_config!r} is neither auto, vllm nor a folder with generation_config.json"
+            f"--generation-config {config.generation_config!r} is neither auto, vllm nor a folder with "
+            "generation_config.json"
         )
     return read_json(path)

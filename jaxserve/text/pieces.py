@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -76,7 +77,7 @@ def open_pieces(tokenizer: RustTokenizer) -> TokenPieces | None:
     return None
 
 
-def _decoder_spec(tokenizer: RustTokenizer) -> dict[str, object] | None:
+def _decoder_spec(tokenizer: RustTokenizer) -> dict[str, Any] | None:
     """The decoder as JSON. It is the state that the library pickles; the whole tokenizer's JSON takes a second."""
     decoder = tokenizer.decoder
     return None if decoder is None else json.loads(decoder.__getstate__())
@@ -116,14 +117,14 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _sentencepiece(tokenizer: RustTokenizer, steps: list[dict], kinds: list[str]) -> TokenPieces | None:
+def _sentencepiece(tokenizer: RustTokenizer, steps: list[dict[str, Any]], kinds: list[str]) -> TokenPieces | None:
     """Replace…, ByteFallback?, Fuse?, Strip? in this order, the only one in use; Strip needs the fused text."""
     order = ["Replace", "ByteFallback", "Fuse", "Strip"]
     ranks = [order.index(kind) for kind in kinds]
     if ranks != sorted(ranks) or kinds.count("Strip") > 1 or ("Strip" in kinds and "Fuse" not in kinds):
         return None
     replacements = [(step["pattern"].get("String"), step["content"]) for step in steps if step["type"] == "Replace"]
-    strip = steps[-1] if kinds[-1] == "Strip" else {"content": " ", "start": 0, "stop": 0}
+    strip: dict[str, Any] = steps[-1] if kinds[-1] == "Strip" else {"content": " ", "start": 0, "stop": 0}
     if any(old is None for old, _ in replacements) or strip["content"] != " " or strip["stop"] != 0:
         return None
     has_bytes = "ByteFallback" in kinds

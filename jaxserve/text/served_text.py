@@ -71,23 +71,28 @@ class ServedText:
                 param="max_tokens", value=params.max_tokens,
             )
         check_against(params, vocab_size=info.vocab_size, logprobs_max=self.max_logprobs)
-        for token_id in request.prompt_token_ids or ():
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < info.vocab_size:
-                raise RequestError(f"Token id {token_id} is out of vocabulary", param="prompt", value=token_id)
+        _check_ids(request.prompt_token_ids or (), info.vocab_size)
         if request.prompt is not None or params.stop or params.bad_words:
             self.need_tokenizer()
 
     def engine_requests(self, request: TextRequest, prompt_ids: Sequence[int], info: EngineInfo) -> list[EngineRequest]:
         """One a choice, `<request_id>/<choice>`, after `check`. Raises RequestError where the length does not fit."""
         ids = tuple(_truncated(prompt_ids, request, info.max_model_len))
+        _check_ids(ids, info.vocab_size)   # a tokenizer of another model may give ids that this one does not have
         room = _room(ids, info.max_model_len)
         params = self._engine_params(request.params, room)
         seed = random.getrandbits(63) if params.seed is None else params.seed
         return [
             EngineRequest(
-                request_id=f"{request.request_id}/{choice}", prompt_token_ids=ids, params=params, choice=choice, seed=seed,
-                eos_token_ids=() if params.ignore_eos else self.eos_token_ids, priority=request.priority,
-                cache_salt=request.cache_salt, arrival_s=request.arrival_s,
+                request_id=f"{request.request_id}/{choice}",
+                prompt_token_ids=ids,
+                params=params,
+                choice=choice,
+                seed=seed,
+                eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                arrival_s=request.arrival_s,
             )
             for choice in range(params.n)
         ]
@@ -99,6 +104,13 @@ class ServedText:
         if params.bad_words:
             changes["bad_words_token_ids"] = self.need_tokenizer().encode_bad_words(params.bad_words)
         return params.with_(**changes) if changes else params
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:   # a boolean is an int, but no id
+            message = f"Token id {token_id} is out of vocabulary: ids are in [0, {vocab_size - 1}]."
+            raise RequestError(message, param="prompt", value=token_id)
 
 
 def _truncated(ids: Sequence[int], request: TextRequest, limit: int) -> Sequence[int]:
@@ -122,7 +134,8 @@ def _room(ids: Sequence[int], limit: int) -> int:
     if len(ids) > limit:
         raise RequestError(
             f"This model's maximum context length is {limit} tokens. However, your prompt contains {len(ids)} input "
-            "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+            "tokens, which exceeds this limit even without any output tokens. Please reduce the length of the input "
+            "prompt.",
             param="input_tokens", value=len(ids),
         )
     if len(ids) == limit:

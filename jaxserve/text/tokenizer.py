@@ -1,7 +1,8 @@
 """A model folder's tokenizer: text to ids and back. Reads tokenizer.json with the `tokenizers` library alone.
 
 Knows nothing of chats (`chat_template`) and requests. Why not transformers: docs/decisions/0004.
-Invariant: ids equal those of transformers' AutoTokenizer on the same folder.
+Invariant: ids equal those of transformers' PreTrainedTokenizerFast on the same folder; as there, tokenizer.json alone
+decides whether a bos or eos is added.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from jaxserve.core.errors import ModelError, RequestError
@@ -35,7 +36,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         _add_missing(backend, self.config, self.special_tokens)
-        _set_bos_eos(backend, self.config, self.special_tokens)
         self._pieces = open_pieces(backend)
 
     @classmethod
@@ -73,10 +73,12 @@ class Tokenizer:
         """Ids of a text. Raises RequestError where it is not valid Unicode (a lone surrogate from JSON)."""
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The prompt is not valid Unicode: a lone surrogate at character {error.start}.", param="prompt"
-            ) from error
+        except TypeError as error:   # what the library says of text that has no UTF-8 form
+            at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
+            if at is None:
+                raise
+            message = f"The prompt is not valid Unicode: a lone surrogate at character {at}."
+            raise RequestError(message, param="prompt") from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids; those that name no token add nothing."""
@@ -153,17 +155,3 @@ def _add_missing(backend: RustTokenizer, config: dict[str, object], special: dic
             known[content] = True
     if missing:
         backend.add_tokens(missing)
-
-
-def _set_bos_eos(backend: RustTokenizer, config: dict[str, object], special: dict[str, str]) -> None:
-    """Where the config says `add_bos_token` or `add_eos_token`, that stands over tokenizer.json, as in transformers."""
-    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor is not None:
-        return
-    bos = special.get("bos_token") if config.get("add_bos_token") else None
-    eos = special.get("eos_token") if config.get("add_eos_token") else None
-    tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token is not None]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[token for token in (bos, "$A", eos) if token is not None],
-        pair=[token for token in (bos, "$A", eos, bos, "$B:1", eos) if token is not None],
-        special_tokens=[(token, token_id) for token, token_id in tokens if token_id is not None],
-    )
