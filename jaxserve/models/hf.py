@@ -84,7 +84,7 @@ class HfConfig:
         kinds = kind if isinstance(kind, tuple) else (kind,)
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds:
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ModelError(f"config.json: {name} is {value!r}; expected {' or '.join(k.__name__ for k in kinds)}")
         return value
 

@@ -7,6 +7,7 @@ Invariant: a tensor that this module hands out lies inside its file, overlaps no
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
@@ -127,7 +128,7 @@ def read_file(path: Path) -> dict[str, StoredTensor]:
             if end > begin else np.empty(shape, dtype)
         tensors[name] = StoredTensor(name=name, file=path.name, data=data)
     spans.sort()
-    for (_, end, before), (begin, _, after) in zip(spans, spans[1:], strict=False):
+    for (_, end, before), (begin, _, after) in itertools.pairwise(spans):
         if begin < end:
             raise WeightsError(f"{path.name}: tensors {before!r} and {after!r} overlap")
     return tensors

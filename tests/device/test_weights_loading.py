@@ -114,7 +114,7 @@ def test_missing_extra_and_misshaped_tensors_are_all_named(tmp_path: Path) -> No
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     folder = altered(tmp_path, rename=lambda name: name.replace("mlp", "ffn"))
-    with pytest.raises(WeightsError, match="9 missing.*, ….*9 not part"):
+    with pytest.raises(WeightsError, match=r"9 missing.*, ….*9 not part"):
         load(folder)
 
 
@@ -139,7 +139,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> N
 def test_values_too_large_for_the_type_are_refused(tmp_path: Path) -> None:
     folder = altered(tmp_path, **{"model.norm.weight": np.full(48, 1e5, np.float32)})
     assert float(load(folder)["final_norm"]["weight"][0]) == 1e5
-    with pytest.raises(WeightsError, match="in float16 .it is stored as float32"):
+    with pytest.raises(WeightsError, match=r"in float16 .it is stored as float32"):
         load(folder, jnp.float16)
 
 

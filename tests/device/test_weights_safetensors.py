@@ -128,7 +128,7 @@ def test_wrong_indexes_are_refused(tmp_path: Path, weight_map: dict[str, Any], n
 
 
 def test_folders_without_an_index(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="no \\*.safetensors file"):
+    with pytest.raises(WeightsError, match=r"no \*\.safetensors file"):
         read_folder(tmp_path)
     write_file(tmp_path / "x.safetensors", {"a": np.ones(2, np.float32)})
     write_file(tmp_path / "y.safetensors", {"b": np.ones(2, np.float32)})
