@@ -52,7 +52,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype"), [("raw_logprobs", jnp.float32), ("raw_logprobs", jnp.bfloat16), ("processed_logits", jnp.bfloat16)]
+    ("mode", "dtype"),
+    [("raw_logprobs", jnp.float32), ("raw_logprobs", jnp.bfloat16), ("processed_logits", jnp.bfloat16)],
 )
 def test_greedy_is_the_first_maximum(mode, dtype):
     x = np.round(logits(4))       # many ties

@@ -78,7 +78,7 @@ def test_a_step_that_does_not_fit_is_refused():
 
 
 def test_planning_64_rows_is_cheap():
-    """Aim: under 100 us; measured 30 us for decodes and 55 us for a mixture. The bound leaves room for a busy machine."""
+    """Aim: under 100 us; measured 30 us for decodes, 55 us for a mixture. The bound leaves room for a busy machine."""
     row, start = np.arange(64, dtype=np.int32), np.arange(64, dtype=np.int32) * 7
     count = np.where(row < 32, 1, 30).astype(np.int32)
     seconds = []
