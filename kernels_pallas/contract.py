@@ -71,8 +71,9 @@ def attention_violations(
         found.append(f"the page table must be int32, got {page_RM.dtype}")
     layout = work_layout(T, page_RM.shape[0])
     for name, shape in layout.items():
-        if getattr(work, name).shape != shape:
-            found.append(f"work.{name} must be {shape} for T={T}, R={page_RM.shape[0]}, got {getattr(work, name).shape}")
+        given = getattr(work, name).shape
+        if given != shape:
+            found.append(f"work.{name} must be {shape} for T={T}, R={page_RM.shape[0]}, got {given}")
     if window is not None and window < 1:
         found.append(f"window must be None or >= 1, got {window}")
     if soft_cap is not None and not soft_cap > 0:

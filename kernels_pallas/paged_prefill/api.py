@@ -1,7 +1,7 @@
 """Attention of a step's prefill section: chunks of query tokens, causal from any offset, over paged context.
 
-Contract: the tokens of the plan's tiles are computed, all others are zero. A token at position p sees slots [0, p] of its
-row (the newest `window` of them), never another slot, whatever that holds. Softmax in float32.
+Contract: the tokens of the plan's tiles are computed, all others are zero. A token at position p sees slots [0, p] of
+its row (the newest `window` of them), never another slot, whatever that holds. Softmax in float32.
 """
 
 from __future__ import annotations
