@@ -56,9 +56,7 @@ class PieceDetokenizer:
         for token_id in reversed(prompt_ids):
             if token_id not in self._skipped and self._pieces.piece(token_id) is not None:
                 tail.append(token_id)
-                if len(tail) > TAIL_TOKENS:
-                    self._is_first, self._strip_left = False, 0
-                    tail.pop()
+                if len(tail) == TAIL_TOKENS:
                     break
         for token_id in reversed(tail):
             self.feed(token_id)

@@ -144,6 +144,7 @@ def test_a_stop_string_frees_the_engine(folder: Path) -> None:
         choice = result.outputs[0]
         assert (choice.text, choice.finish_reason, choice.stop_reason) == (text[: text.index(stop)], "stop", stop)
         assert_idle(llm)
+        assert llm.get_metrics().generation_tokens < 40 + len(choice.token_ids) + 3, "it ran on after the stop string"
 
 
 def test_chat(folder: Path) -> None:

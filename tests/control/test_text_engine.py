@@ -13,6 +13,7 @@ from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.core.text_request import TextDelta, TextRequest
 from jaxserve.text.completion import CompletionText
 from jaxserve.text.served_text import ServedText
+from jaxserve.text.stop_strings import StopStrings
 from jaxserve.text_engine import TextEngine
 from tests.text_fixtures import FakeAsyncEngine, output, scored, sentencepiece, served_text
 
@@ -298,6 +299,13 @@ def test_text_of_a_choice(size: int, said: str, params: dict[str, object], text:
     assert "".join(delta.text for delta in deltas) == text
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
     assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop" if reason else "length", reason)
+
+
+def test_a_string_that_could_not_stop_does_not_stop_later() -> None:
+    """What ended within min_tokens stays text, also while it is held back as the beginning of another stop string."""
+    stops = StopStrings(["abc", "b"], included=False)
+    assert stops.push("ab", may_stop=False) == ("", None)
+    assert stops.push("x") == ("abx", None)
 
 
 @pytest.mark.parametrize(("included", "text"), [(False, "a"), (True, "ab")])

@@ -12,7 +12,7 @@ from jaxserve.core.errors import ConfigError, ModelError, RequestError
 from jaxserve.text.folder import tokenizer_folder
 from jaxserve.text.generation_config import default_params, eos_token_ids, to_params
 from jaxserve.text.tokenizer import Tokenizer
-from tests.text_fixtures import byte_level, sentencepiece
+from tests.text_fixtures import byte_level, sentencepiece, words
 
 
 def write(folder: Path, **files: object) -> Path:
@@ -61,11 +61,13 @@ def test_lone_surrogate_is_the_clients_fault() -> None:
         Tokenizer(byte_level()).encode("a\ud800")
 
 
-def test_spaces_between_special_tokens_come_from_no_byte_level_decoder() -> None:
-    tokenizer = Tokenizer(byte_level())
-    ids = tokenizer.encode("<|im_start|><|im_end|>a")
-    reader = tokenizer.detokenizer(skip_special_tokens=False, spaces_between_special_tokens=False)
-    assert "".join(map(reader.feed, ids)) == "<|im_start|><|im_end|>a"
+def test_spaces_between_special_tokens() -> None:
+    """Where a decoder joins tokens by spaces, added tokens in a row can go without."""
+    tokenizer = Tokenizer(words(None))
+    ids = [tokenizer.token_id(token) for token in ("<x>", "<y>", "a", "<x>")]
+    for spaces, text in ((True, "<x> <y> a <x>"), (False, "<x><y> a <x>")):
+        reader = tokenizer.detokenizer(skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        assert "".join(map(reader.feed, ids)) == text  # type: ignore[arg-type]
 
 
 def test_token_bytes() -> None:
