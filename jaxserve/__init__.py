@@ -1,15 +1,11 @@
-"""jaxserve: an LLM server whose data plane is JAX. Importing it is light: names load what they need at first use."""
+"""jaxserve: an LLM server whose data plane is JAX. Importing it is light: names load what they need at first use.
+
+Type checkers read `__init__.pyi`, so that the control plane, which needs the version, does not seem to import jax.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 __version__ = "0.1.0"
-
-if TYPE_CHECKING:
-    from jaxserve.core.sampling_params import SamplingParams
-    from jaxserve.llm import LLM
-    from jaxserve.outputs import CompletionOutput, RequestOutput
 
 _HOMES = {
     "LLM": "jaxserve.llm",
@@ -21,7 +17,7 @@ _HOMES = {
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

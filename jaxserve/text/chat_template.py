@@ -242,7 +242,7 @@ def _parsed_call(call: object) -> object:
         parsed = json.loads(arguments) if arguments else {}
     except ValueError as error:
         raise RequestError(f"arguments of a tool call are not JSON: {error}.", param="messages") from error
-    return {**call, "function": {**function, "arguments": parsed}}
+    return dict(call) | {"function": dict(function) | {"arguments": parsed}}
 
 
 def _mark_end(message: dict[str, object]) -> None:
