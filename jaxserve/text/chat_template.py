@@ -235,14 +235,16 @@ def _part_text(part: object) -> str:
 
 def _parsed_call(call: object) -> object:
     """OpenAI's clients send a call's arguments as a JSON string; nearly all templates want the object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping):
+        return call
+    function = call.get("function")
     if not isinstance(function, Mapping) or not isinstance(arguments := function.get("arguments"), str):
         return call
     try:
         parsed = json.loads(arguments) if arguments else {}
     except ValueError as error:
         raise RequestError(f"arguments of a tool call are not JSON: {error}.", param="messages") from error
-    return dict(call) | {"function": dict(function) | {"arguments": parsed}}
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 def _mark_end(message: dict[str, object]) -> None:
