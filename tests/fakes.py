@@ -268,7 +268,7 @@ class FakeRunner:
             self._admit(admission)
         for page_RM, updates in zip(self._page_gRM, plan.page_updates, strict=True):
             assert (page_RM[updates.row_U, updates.index_U] == -1).all(), "an update replaces a page"
-            assert (updates.page_U >= 0).all()
+            assert (updates.page_U >= 0).all() and np.isin(updates.row_U, plan.row_A).all()
             page_RM[updates.row_U, updates.index_U] = updates.page_U
         self._check_writes(plan)
         entries = plan.row_A.shape[0]

@@ -28,7 +28,9 @@ def check_request(request: EngineRequest, *, shape: RunnerShape, kv: KvGroups, c
         raise RequestError("The prompt holds no token; at least one is needed.", param="prompt")
     if min(prompt) < 0 or max(prompt) >= shape.vocab_size:
         worst = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise RequestError(f"Token id {worst} is out of vocabulary: ids are in [0, {shape.vocab_size - 1}].", param="prompt")
+        raise RequestError(
+            f"Token id {worst} is out of vocabulary: ids are in [0, {shape.vocab_size - 1}].", param="prompt"
+        )
     if length >= shape.length_max:
         raise RequestError(
             f"The prompt holds {length} tokens, but prompt and output together may hold {shape.length_max} "
@@ -39,7 +41,8 @@ def check_request(request: EngineRequest, *, shape: RunnerShape, kv: KvGroups, c
         count = shape.vocab_size if wanted == -1 else wanted or 0
         if count > shape.alternatives_max:
             raise RequestError(
-                f"{name} asks for {count} alternatives, this engine gives at most {shape.alternatives_max} (max-logprobs).",
+                f"{name} asks for {count} alternatives, this engine gives at most {shape.alternatives_max} "
+                "(max-logprobs).",
                 param=name, value=wanted,
             )
     if params.needs_shaping and not shape.slot_count:

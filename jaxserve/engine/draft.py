@@ -119,7 +119,9 @@ class Draft:
                 pages += new
             updates.append(
                 PageUpdates(
-                    row_U=np.array(rows, np.int32), index_U=np.array(indices, np.int32), page_U=np.array(pages, np.int32)
+                    row_U=np.array(rows, np.int32),
+                    index_U=np.array(indices, np.int32),
+                    page_U=np.array(pages, np.int32),
                 )
             )
         return tuple(updates)

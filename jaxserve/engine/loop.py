@@ -65,16 +65,12 @@ class EngineLoop:
         self._failures = 0
         self._calm_steps = 0
         self._timing = (0.0,) * 5
+        self.is_stalled = False   # the newest step could do nothing: work waits for buckets still being compiled
 
     @property
     def has_work(self) -> bool:
         """Whether another `step` can give anything."""
         return self._in_flight is not None or bool(self._roster.live) or bool(self._outputs)
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether work waits for something outside the loop: larger buckets that are still being compiled."""
-        return self._in_flight is None and not self._roster.running and bool(self._roster.waiting)
 
     @property
     def stats(self) -> EngineStats:
@@ -140,6 +136,7 @@ class EngineLoop:
             self._clear_tainted()
         except StepAllocationError as error:
             outputs += self._recover(touched, error)
+        self.is_stalled = not touched and bool(self._roster.live)
         self._timing = (start, planned_at, launched_at, landed_at, perf_counter())
         return outputs
 

@@ -20,7 +20,7 @@ def first_come(request: EngineRequest, arrival: int) -> Rank:
 
 
 def by_priority(request: EngineRequest, arrival: int) -> Rank:
-    """`priority`: a lower `priority` goes first, equal ones by arrival; low ones may starve, which is what was asked."""
+    """`priority`: a lower number goes first, equal ones by arrival; others may starve, as was asked for."""
     return (request.priority, arrival)
 
 

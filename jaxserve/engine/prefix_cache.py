@@ -92,6 +92,7 @@ class PrefixCache:
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """The keys of the first `count` pages, which are full of known tokens; computed once."""
         keys, size = sequence.page_keys, self._size
+        assert count * size <= sequence.known
         if len(keys) < count:
             previous = keys[-1] if keys else _root(sequence.request.cache_salt)
             tokens = sequence.token_ids[: count * size].astype("<i4", copy=False).tobytes()

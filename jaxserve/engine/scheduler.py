@@ -148,7 +148,8 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, draft: Draft, reserved: list[int]) -> _Verdict:
         roster, kv = self._roster, self._kv
-        if sequence.in_flight or not roster.has_place(sequence):
+        assert not sequence.in_flight, "a plan that preempts admits nobody, and the next one is made after the landing"
+        if not roster.has_place(sequence):
             return _Verdict.PASSED_OVER
         if not sequence.may_split and sequence.known > draft.tokens_max:
             return _Verdict.PASSED_OVER   # until larger buckets are compiled
