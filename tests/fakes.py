@@ -182,7 +182,7 @@ class FakeRunner:
     """
 
     shape: RunnerShape = field(default_factory=make_shape)
-    limits_now: StepLimits = StepLimits(tokens_max=64, samples_max=8)
+    limits_now: StepLimits = field(default_factory=lambda: StepLimits(tokens_max=64, samples_max=8))
     fail_launch: Callable[[StepPlan], bool] = lambda plan: False
     fail_result: Callable[[StepPlan], bool] = lambda plan: False
     corrupts: Callable[[RowAdmission, int], bool] = lambda admission, position: False
@@ -190,7 +190,7 @@ class FakeRunner:
     cleared: list[tuple[int, int]] = field(default_factory=list)
     rebuild_count: int = 0
     is_closed: bool = False
-    stats: RunnerStats = RunnerStats()
+    stats: RunnerStats = field(default_factory=RunnerStats)
 
     def __post_init__(self) -> None:
         self._make_state()

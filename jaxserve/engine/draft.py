@@ -23,7 +23,7 @@ class Draft:
       is_short: pages did not suffice for a running sequence, so nobody new may come.
     """
 
-    __slots__ = ("tokens_max", "tokens", "samples", "entries", "decodes", "chunks", "admitted", "grown", "is_short")
+    __slots__ = ("admitted", "chunks", "decodes", "entries", "grown", "is_short", "samples", "tokens", "tokens_max")
 
     def __init__(self, limits: StepLimits, *, entries_max: int) -> None:
         self.tokens_max = self.tokens = limits.tokens_max
@@ -111,7 +111,9 @@ class Draft:
             if not self.grown:
                 updates.append(PageUpdates(row_U=_NONE, index_U=_NONE, page_U=_NONE))
                 continue
-            rows, indices, pages = [], [], []
+            rows: list[int] = []
+            indices: list[int] = []
+            pages: list[int] = []
             for sequence, first in self.grown.items():
                 new = sequence.tables[group][first:]
                 rows += [sequence.row] * len(new)

@@ -11,6 +11,7 @@ or leaving sequence.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from itertools import pairwise
 from operator import attrgetter
 
 from jaxserve.core.plan import RunnerShape
@@ -96,7 +97,7 @@ class Roster:
         queued = self.running + self.waiting
         assert len(queued) == len(self.live) and set(queued) == set(self.live.values())
         for queue in (self.running, self.waiting):
-            assert all(a.rank < b.rank for a, b in zip(queue, queue[1:], strict=False)), "a queue lost its order"
+            assert all(a.rank < b.rank for a, b in pairwise(queue)), "a queue lost its order"
         rows = [sequence.row for sequence in self.running] + self._free_rows
         assert sorted(rows) == list(range(self._row_count)), "a row is lost or taken twice"
         slots = [sequence.slot for sequence in self.running if sequence.params.needs_shaping] + self._free_slots
