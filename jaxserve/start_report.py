@@ -8,6 +8,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+LOG_WIDTH = 140   # where stderr is no terminal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartReport:
@@ -58,14 +59,14 @@ class StartReport:
         ]
 
     def print(self) -> None:
-        """To stderr, as wide as it needs to be: a log must not wrap it."""
+        """To stderr."""
         table = Table(title="jaxserve", title_justify="left", box=SIMPLE, show_header=False, pad_edge=False)
         table.add_column(style="bold", no_wrap=True)
-        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in self.rows():
             table.add_row(name, value)
         console = Console(stderr=True)
-        console.print(table, width=max(console.width, 140) if not console.is_terminal else None, soft_wrap=False)
+        console.print(table, width=None if console.is_terminal else LOG_WIDTH)
 
 
 def size(count: int) -> str:
