@@ -30,7 +30,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 	@touch $@
 
 demo: install demo-model  ## serve SmolLM2-135M-Instruct on port 8000 (PORT=...)
-	@scripts/announce.sh http://localhost:$(PORT) SmolLM2-135M-Instruct &
+	@scripts/announce.sh http://localhost:$(PORT) SmolLM2-135M-Instruct $$PPID &
 	exec $(BIN)/python -m jaxserve.serve --config smollm2-135m.yaml --model "$(DEMO)" --port $(PORT) $(ARGS)
 
 demo-model: install
@@ -45,12 +45,15 @@ test: $(VENV)/.installed-dev  ## run the suite (at most 20 minutes on 2 cores)
 test-all: $(VENV)/.installed-dev  ## run everything, slow tiers too, and record the result in docs/test-all.md
 	$(BIN)/python scripts/test_all.py $(ARGS)
 
-smoke: $(VENV)/.installed-dev  ## the quick part of the suite
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" tests/control tests/device $(ARGS)
+SMOKE := tests/device/test_engine_references.py tests/device/test_llm_offline.py tests/kernels/test_kv_write.py \
+	tests/e2e/test_life.py::test_sigterm_finishes_what_runs_and_leaves_no_process
 
-smoke-other:  ## the same in .venv-3.11 with Python 3.11 and its jax, where both Pythons are there
+smoke: $(VENV)/.installed-dev  ## two minutes of the suite: engine, offline use, one server
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(SMOKE) $(ARGS)
+
+smoke-other:  ## smoke on Python 3.11 and its jax, in .venv-3.11, where there is a second Python
 	@other="$$(scripts/find_python.sh 3.11)"; \
-	if [ -n "$$other" ] && [ "$$other" != "$(PYTHON)" ]; then $(MAKE) smoke PYTHON="$$other" VENV=.venv-3.11 ARGS="-k 'smoke or model or runner'"; \
+	if [ -n "$$other" ] && [ "$$other" != "$(PYTHON)" ]; then $(MAKE) smoke PYTHON="$$other" VENV=.venv-3.11; \
 	else echo "no second Python: no smoke test on it"; fi
 
 check: $(VENV)/.installed-dev  ## style, import law, types

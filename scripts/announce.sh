@@ -1,6 +1,6 @@
 #!/bin/sh
-# Waits until the server at $1 answers, then prints where it is and a line to try. Ends with its parent.
-parent=$PPID
+# Waits until the server at $1 answers, then prints where it is and a line to try for model $2. Ends with process $3.
+parent=$3
 while kill -0 "$parent" 2>/dev/null; do
   if curl -sf -o /dev/null "$1/health"; then
     cat <<TEXT
