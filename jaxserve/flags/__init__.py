@@ -34,12 +34,15 @@ def parse_serve_args(words: Sequence[str]) -> ServeConfig:
 def engine_config_from_kwargs(model: str, **options: Any) -> EngineConfig:
     """The same flags as Python arguments: `engine_config_from_kwargs("m", max_model_len=4096)`.
 
-    None is the default. Raises ConfigError, also for flags of the HTTP side, which no offline engine has.
+    None is the default. Raises ConfigError, also for flags of the HTTP side, which no offline engine has; only
+    `chat_template` passes, which `LLM` reads itself.
     """
     raw: dict[str, Any] = {"model": model}
     for name, value in options.items():
-        flag, _ = find(name.replace("_", "-"), where="argument")
-        if flag.part == "frontend" and flag.name not in ("chat-template", "log-level"):
+        flag, is_off = find(name, where="argument")
+        if is_off:
+            raise ConfigError(f"unknown argument {name!r}; write {flag.field}=False")
+        if flag.part == "frontend" and flag.name != "chat-template":
             raise ConfigError(f"{name} is about the HTTP server; LLM(...) has none")
         if value is not None:
             raw[flag.name] = value

@@ -36,7 +36,10 @@ def serve_config(raw: Mapping[str, Any]) -> ServeConfig:
         flag = BY_NAME[name]
         parts[flag.part][flag.field] = convert(flag, value)
     if "model" not in parts["model"]:
-        raise ConfigError("model is missing: name a folder or a hub model, as in `jaxserve serve Qwen/Qwen2.5-3B-Instruct`")
+        raise ConfigError(
+            "model is missing: name a folder or a hub model, as in `jaxserve serve Qwen/Qwen2.5-3B-Instruct`"
+            f"{_taken(raw)}"
+        )
     key = os.environ.get("JAXSERVE_API_KEY")
     if key and "api_key" not in parts["frontend"]:
         parts["frontend"]["api_key"] = (key,)
@@ -45,7 +48,19 @@ def serve_config(raw: Mapping[str, Any]) -> ServeConfig:
     config = ServeConfig(engine=EngineConfig(**made), frontend=frontend)
     _check_engine(config.engine)
     _check_frontend(config.frontend)
+    if config.engine.model.skip_tokenizer_init and config.frontend.chat_template is not None:
+        raise ConfigError("chat-template has no effect with skip-tokenizer-init; give one of them")
+    if config.frontend.uds is not None and (idle := {"host", "port"} & raw.keys()):
+        raise ConfigError(f"{min(idle)} has no effect with uds: a server listens on a Unix socket or on a port")
     return config
+
+
+def _taken(raw: Mapping[str, Any]) -> str:
+    """Where the model may have gone: `--api-key KEY MODEL` gives two keys."""
+    for name, value in raw.items():
+        if isinstance(value, list) and len(value) > 1:
+            return f"; {name} takes every word up to the next flag, so put the model first"
+    return ""
 
 
 def _check_engine(config: EngineConfig) -> None:
@@ -58,11 +73,12 @@ def _check_engine(config: EngineConfig) -> None:
         )
     rows, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
     if rows is not None and tokens is not None and tokens < rows:
-        raise ConfigError(f"max-num-batched-tokens {tokens} is less than max-num-seqs {rows}; raise it to at least {rows}")
-    if config.model.generation_config not in ("auto", "vllm") and not Path(config.model.generation_config).is_dir():
-        raise ConfigError(
-            f"generation-config must be auto, vllm or a folder, and there is no folder {config.model.generation_config!r}"
-        )
+        raise ConfigError(f"max-num-batched-tokens {tokens} is less than max-num-seqs {rows}; raise it to that")
+    if config.model.skip_tokenizer_init and config.model.tokenizer is not None:
+        raise ConfigError("tokenizer has no effect with skip-tokenizer-init; give one of them")
+    folder = config.model.generation_config
+    if folder not in ("auto", "vllm") and not Path(folder).expanduser().is_dir():
+        raise ConfigError(f"generation-config must be auto, vllm or a folder, and there is no folder {folder!r}")
 
 
 def _check_frontend(config: FrontendConfig) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.core.errors import ConfigError
+from jaxserve.flags.build import default
 from jaxserve.flags.names import find
 
 # Beside the package in a checkout, inside it in a wheel.
@@ -14,11 +15,11 @@ SHIPPED = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "c
 
 def read_config(name: str) -> dict[str, Any]:
     """Raw values by flag name. Keys are long flag names, dashes or underscores. Raises ConfigError."""
-    path = locate(name)
-    import yaml   # here: --help and flag errors need none of it
+    import yaml  # here: --help and flag errors need none of it
 
+    path = locate(name)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config {name!r} cannot be read as YAML: {error}") from error
     if content is None:
@@ -27,16 +28,34 @@ def read_config(name: str) -> dict[str, Any]:
         raise ConfigError(f"config {name!r} must be a table of flags, like 'port: 8000'")
     values: dict[str, Any] = {}
     for key, value in content.items():
-        flag, is_off = find(str(key).replace("_", "-"), where="key")
+        flag, is_off = find(str(key), where="key")
         if flag.name in values:
             raise ConfigError(f"config {name!r} has {flag.name!r} twice")
         if is_off:
             if not isinstance(value, bool):
                 raise ConfigError(f"{key} must be true or false, got {value!r}")
             value = not value
+        if value is None and default(flag.name) is not None:
+            raise ConfigError(f"{key} has no value in config {name!r}; leave the line away for the default")
         if value is not None:
             values[flag.name] = value
     return values
+
+
+def _loader() -> type:
+    """YAML's safe loader, except that a key given twice is an error instead of its last value."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+            if twice is not None:
+                problem = f"the key {twice!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def locate(name: str) -> Path:

@@ -1,17 +1,20 @@
-"""--help: an overview that fits one screen, one screen a group, one flag, or everything. Plain text, nothing imported."""
+"""--help: an overview that fits one screen, one screen a group, one flag, or everything. Plain text."""
 
 from __future__ import annotations
 
 import dataclasses
 import textwrap
-from typing import Any
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.flags.build import default
 from jaxserve.flags.names import find
-from jaxserve.flags.table import FLAGS, PARTS, Flag
+from jaxserve.flags.table import FLAGS, PARTS, Flag, Kind
 
 _WIDTH = 110
+_METAVARS: dict[Kind, str] = {
+    "text": "TEXT", "texts": "TEXT ...", "bool": "", "json": "JSON",
+    "int": "N", "float": "X", "length": "N", "bytes": "N",
+}
 
 _USAGE = """\
 usage: python -m jaxserve.serve [MODEL] [--config FILE.yaml] [flags]
@@ -22,18 +25,19 @@ Serves a language model through the OpenAI API. Flags beat the YAML file, whose 
   jaxserve serve Qwen/Qwen2.5-3B-Instruct --max-model-len 8K --api-key SECRET
   jaxserve serve --config qwen3b.yaml
 """
+_MORE = "--help=GROUP, --help=FLAG and --help=all say more; --version prints the version."
 
 
 def render(topic: str) -> str:
     """Help on "" (overview), "all", a group, or a flag. Raises ConfigError for anything else."""
     if topic == "":
-        return f"{_USAGE}\n{_overview()}\n\n--help=GROUP, --help=FLAG and --help=all say more; --version prints the version."
+        return f"{_USAGE}\n{_overview()}\n\n{_MORE}"
     if topic == "all":
         return "\n\n".join([_USAGE.rstrip(), *map(_group, PARTS)])
     if topic in PARTS:
         return _group(topic)
     try:
-        flag, _ = find(topic.lstrip("-").replace("_", "-"), where="flag", prefix="--")
+        flag, _ = find(topic.lstrip("-"), where="flag")
     except ConfigError as error:
         raise ConfigError(f"no help on {topic!r} ({error}); groups are {', '.join(PARTS)}") from error
     return "\n".join(_entry(flag))
@@ -57,8 +61,8 @@ def _group(part: str) -> str:
 
 
 def _entry(flag: Flag) -> list[str]:
-    names = "  " + ", ".join(filter(None, [_switches(flag), flag.short])) + _metavar(flag)
-    held = _default_text(default(flag.name))
+    names = "  " + ", ".join(filter(None, [_switches(flag), flag.short])) + metavar(flag)
+    held = default_text(flag)
     about = flag.help + (f" [{held}]" if held else "")
     return [names, *textwrap.wrap(about, _WIDTH, initial_indent="      ", subsequent_indent="      ")]
 
@@ -67,14 +71,18 @@ def _switches(flag: Flag) -> str:
     return f"--[no-]{flag.name}" if flag.kind == "bool" else f"--{flag.name}"
 
 
-def _metavar(flag: Flag) -> str:
+def metavar(flag: Flag) -> str:
+    """What stands for the value, after a space; "" for switches."""
     if flag.choices:
         return " " + "|".join(flag.choices)
-    words = {"text": "TEXT", "texts": "TEXT ...", "int": "N", "float": "X", "bool": "", "length": "N", "bytes": "N", "json": "JSON"}
-    return (" " + words[flag.kind]).rstrip()
+    return (" " + _METAVARS[flag.kind]).rstrip()
 
 
-def _default_text(value: Any) -> str:
+def default_text(flag: Flag) -> str:
+    """The default as a reader would write it; "" where there is none, or where it depends on the machine."""
+    value = default(flag.name)
+    if value is None and flag.nothing:
+        return flag.nothing[0]
     if value is dataclasses.MISSING or value is None or value in ((), {}, ""):
         return ""
     return "on" if value is True else "off" if value is False else str(value)

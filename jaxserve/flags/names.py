@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import difflib
+from typing import Literal
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.flags.table import BY_NAME, Flag
+from jaxserve.flags.table import BY_NAME, FLAGS, Flag
 from jaxserve.flags.unsupported import UNSUPPORTED
 
+Where = Literal["flag", "key", "argument"]   # on the command line, in YAML, of LLM(...)
 
-def find(name: str, *, where: str, prefix: str = "") -> tuple[Flag, bool]:
-    """The flag of `name` (dashes, no leading ones), and whether it was written as its `no-` form.
+_SWITCHES = [f"no-{flag.name}" for flag in FLAGS if flag.kind == "bool"]
 
-    Args:
-      where: "flag" or "key", for the error.  prefix: what the user writes before it.
+
+def find(written: str, *, where: Where) -> tuple[Flag, bool]:
+    """The flag of `written` (no leading dashes), and whether it was written as its `no-` form.
+
+    Raises ConfigError for every other name: with its own sentence if it is vLLM's, else with the nearest name.
     """
+    name = written.replace("_", "-")
     flag = BY_NAME.get(name)
     if flag is not None:
         return flag, False
-    if name.startswith("no-"):
-        switch = BY_NAME.get(name[3:])
-        if switch is not None:
-            if switch.kind != "bool":
-                raise ConfigError(f"unknown {where} {prefix + name!r}: {prefix}{switch.name} takes a value")
-            return switch, True
-    reason = UNSUPPORTED.get(name) or UNSUPPORTED.get(name.removeprefix("no-"))
+    positive = name.removeprefix("no-")
+    if positive != name and positive in BY_NAME:
+        if BY_NAME[positive].kind != "bool":
+            raise ConfigError(f"unknown {where} {spelt(name, where)!r}: {spelt(positive, where)} takes a value")
+        return BY_NAME[positive], True
+    reason = UNSUPPORTED.get(name) or UNSUPPORTED.get(positive)
     if reason is not None:
-        raise ConfigError(f"{prefix}{name}: {reason}.")
-    near = difflib.get_close_matches(name, [*BY_NAME, *(f"no-{f.name}" for f in BY_NAME.values() if f.kind == "bool")], 1)
-    hint = f"did you mean {prefix + near[0]!r}?" if near else "see --help"
-    raise ConfigError(f"unknown {where} {prefix + name!r}; {hint}")
+        raise ConfigError(f"{spelt(name, where)}: {reason}.")
+    near = difflib.get_close_matches(name, [*BY_NAME, *_SWITCHES], 1)
+    hint = f"did you mean {spelt(near[0], where)!r}?" if near else "see `jaxserve serve --help`"
+    raise ConfigError(f"unknown {where} {spelt(name, where)!r}; {hint}")
+
+
+def spelt(name: str, where: Where) -> str:
+    """A flag's name as it is written on the command line, in YAML or in Python."""
+    return {"flag": f"--{name}", "key": name, "argument": name.replace("-", "_")}[where]

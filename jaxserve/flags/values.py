@@ -20,20 +20,20 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]*)")
 
 def convert(flag: Flag, raw: Any) -> Any:
     """The value of `flag`. Strings come from the command line, typed values from YAML; both obey the same rules."""
-    if isinstance(raw, str) and raw in flag.nothing or raw == -1 and "-1" in flag.nothing:
+    if str(raw) in flag.nothing:
         return None
     value = _CONVERT[flag.kind](flag, raw)
     if flag.choices and value not in flag.choices:
         raise ConfigError(f"{flag.name} must be one of {', '.join(flag.choices)}, got {raw!r}")
     if flag.low is not None and flag.high is not None and not flag.low <= value <= flag.high:
-        raise ConfigError(f"{flag.name} must be in [{flag.low:g}, {flag.high:g}], got {raw}")
+        raise ConfigError(f"{flag.name} must be in [{flag.low}, {flag.high}], got {raw}")
     return value
 
 
 def _text(flag: Flag, raw: Any) -> str:
-    if isinstance(raw, (int, float)) and not isinstance(raw, bool):
-        raw = str(raw)   # YAML reads a model named 1 as a number
-    if not isinstance(raw, str) or not raw:
+    if not isinstance(raw, str) and raw is not None:   # YAML reads 0123 as 83 and 1e5 as a float: never guess back
+        raise ConfigError(f"{flag.name} must be a text, got {raw!r}; put it in quotes")
+    if not raw:
         raise ConfigError(f"{flag.name} must be a text that is not empty, got {raw!r}")
     return raw
 
