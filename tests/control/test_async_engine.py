@@ -25,7 +25,8 @@ async def _engine(**options: object) -> AsyncIterator[tuple[AsyncEngine, EngineE
     ours, theirs = socket.socketpair()
     end = EngineEnd(theirs)
     engine = AsyncEngine(**options)
-    task = asyncio.create_task(engine.run(await ApiEnd.on(ours)))
+    channel = await ApiEnd.on(ours)
+    task = asyncio.create_task(engine.run(channel))
     end.send(Serving(INFO, "/folder"))
     end.send(Status("ready"))
     await engine.serving.wait()
@@ -35,6 +36,7 @@ async def _engine(**options: object) -> AsyncIterator[tuple[AsyncEngine, EngineE
     finally:
         end.close()
         await task
+        await channel.close()
 
 
 def test_outputs_reach_the_sink_of_their_request():
