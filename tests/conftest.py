@@ -114,11 +114,21 @@ def free_port() -> int:
 @pytest.fixture
 def serve(tmp_path: Path, compile_cache: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers with given flags; all are stopped at the end of the test."""
+    yield from _servers(tmp_path, compile_cache)
+
+
+@pytest.fixture(scope="module")
+def serve_module(tmp_path_factory: pytest.TempPathFactory, compile_cache: Path) -> Iterator[Callable[..., Server]]:
+    """The same for servers that a whole module shares."""
+    yield from _servers(tmp_path_factory.mktemp("servers"), compile_cache)
+
+
+def _servers(folder: Path, compile_cache: Path) -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
     def start(*flags: str, wait: bool = True, environment: dict[str, str] | None = None) -> Server:
         with_cache = (*flags, "--compilation-cache-dir", str(compile_cache))
-        server = Server(with_cache, tmp_path / f"server-{len(servers)}.log", environment)
+        server = Server(with_cache, folder / f"server-{len(servers)}.log", environment)
         servers.append(server)
         if wait:
             server.wait_serving()

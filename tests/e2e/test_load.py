@@ -7,7 +7,7 @@ import pytest
 import requests
 from tests.e2e.load import answer_all, answer_alone, differences, make_jobs
 
-# Switches of the engine, none of which may change a token. The small pool holds two of the longest sequences.
+# Switches of the engine, none of which may change a token.
 VARIANTS = {
     "default": (),
     "no-prefix-caching": ("--no-enable-prefix-caching",),
@@ -25,10 +25,9 @@ def metric(url: str, name: str) -> float:
     return sum(map(float, values))
 
 
-def check_load(server, jobs, *, wants_preemption: bool = False) -> None:
+def check_load(server, jobs, alone, *, wants_preemption: bool) -> None:
     """Together equals alone; nothing is left behind; nothing was compiled while serving."""
     server.wait_ready()
-    alone = asyncio.run(answer_alone(server.url, jobs))
     together = asyncio.run(answer_all(server.url, jobs))
     assert differences(together, alone) == []
     assert sum(answer is not None for answer in together) >= len(jobs) * 3 // 4
@@ -39,24 +38,50 @@ def check_load(server, jobs, *, wants_preemption: bool = False) -> None:
     assert (metric(server.url, "vllm:num_preemptions_total") > 0) is wants_preemption
 
 
+TINY_JOBS = make_jobs(32, vocab=250, prompt_max=90, output_max=100, seed=3)
+TINY = ("--dtype", "float32", "--max-model-len", "192", "--max-num-seqs", "16")
+DEMO_JOBS = make_jobs(64, vocab=40000, prompt_max=1500, output_max=200, seed=5)
+DEMO = ("--dtype", "float32", "--max-model-len", "2048")
+
+
+@pytest.fixture(scope="module")
+def tiny_alone(serve_module, tiny_llama):
+    """Each job's answer when nothing else runs, from a server with default switches."""
+    server = serve_module("--model", str(tiny_llama), *TINY, "--kv-cache-memory-bytes", "64M")
+    answers = asyncio.run(answer_alone(server.url, TINY_JOBS))
+    server.stop()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def demo_alone(serve_module, demo_model):
+    """Likewise for the demo model."""
+    server = serve_module("--model", str(demo_model), *DEMO, "--kv-cache-memory-bytes", "2G")
+    server.wait_ready()
+    answers = asyncio.run(answer_alone(server.url, DEMO_JOBS))
+    server.stop()
+    return answers
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_tiny_model_under_mixed_load(serve, tiny_llama, variant):
+def test_tiny_model_under_mixed_load(serve, tiny_llama, tiny_alone, variant):
     """Reduced: 32 requests on a tiny random checkpoint, every switch."""
-    jobs = make_jobs(32, vocab=250, prompt_max=90, output_max=100, seed=3)
-    flags = ["--model", str(tiny_llama), "--dtype", "float32", "--max-model-len", "192", "--max-num-seqs", "16",
-             "--max-num-batched-tokens", "192" if variant == "no-chunked-prefill" else "64", *VARIANTS[variant]]
-    flags += ["--kv-cache-memory-bytes", str(26 * 9216) if variant == "small-pool" else "64M"]   # 26 pages: two sequences
-    check_load(serve(*flags), jobs, wants_preemption=variant == "small-pool")
+    is_small = variant == "small-pool"
+    pool = str(26 * 9216) if is_small else "64M"   # 26 pages hold two of the longest sequences
+    tokens = "192" if variant == "no-chunked-prefill" else "64"
+    server = serve("--model", str(tiny_llama), *TINY, "--max-num-batched-tokens", tokens, *VARIANTS[variant],
+                   "--kv-cache-memory-bytes", pool)
+    check_load(server, TINY_JOBS, tiny_alone, wants_preemption=is_small)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_demo_model_under_mixed_load(serve, demo_model, variant):
+def test_demo_model_under_mixed_load(serve, demo_model, demo_alone, variant):
     """Full: 64 requests on SmolLM2 in float32, prompts of 5 to 1500 tokens, outputs of 1 to 200."""
-    jobs = make_jobs(64, vocab=40000, prompt_max=1500, output_max=200, seed=5)
-    flags = ["--model", str(demo_model), "--dtype", "float32", "--max-model-len", "2048",
-             *(("--max-num-batched-tokens", "2048") if variant == "no-chunked-prefill" else ()), *VARIANTS[variant]]
-    flags += ["--kv-cache-memory-bytes", str(260 * 737_280) if variant == "small-pool" else "2G"]   # 260 pages likewise
-    check_load(serve(*flags), jobs, wants_preemption=variant == "small-pool")
+    is_small = variant == "small-pool"
+    pool = str(260 * 737_280) if is_small else "2G"   # 260 pages, likewise
+    tokens = ("--max-num-batched-tokens", "2048") if variant == "no-chunked-prefill" else ()
+    server = serve("--model", str(demo_model), *DEMO, *tokens, *VARIANTS[variant], "--kv-cache-memory-bytes", pool)
+    check_load(server, DEMO_JOBS, demo_alone, wants_preemption=is_small)
