@@ -18,7 +18,7 @@ help:  ## list the verbs
 install: $(VENV)/.installed  ## make .venv and install the server, for the GPU that is found, else the CPU
 
 $(VENV)/bin/python:
-	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one or pass PYTHON=/path/to/python3"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 with venv found (Debian: apt install python3-venv); install one or pass PYTHON=PATH"; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
@@ -30,10 +30,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.installed
 	@touch $@
 
 demo: install demo-model  ## serve SmolLM2-135M-Instruct on port 8000 (PORT=...)
-	@scripts/announce.sh http://localhost:$(PORT) SmolLM2-135M-Instruct $$PPID &
+	@$(BIN)/python scripts/announce.py http://localhost:$(PORT) SmolLM2-135M-Instruct $$PPID &
 	exec $(BIN)/python -m jaxserve.serve --config smollm2-135m.yaml --model "$(DEMO)" --port $(PORT) $(ARGS)
 
-demo-model: install
+demo-model: install  ## make the demo model's folder in ~/.cache/jaxserve
 	@test -f "$(DEMO)/config.json" || $(BIN)/python scripts/fetch_demo_model.py --output "$(DEMO)"
 
 serve: install  ## serve with your flags: make serve ARGS="--config qwen3b.yaml"
@@ -56,13 +56,16 @@ smoke-other:  ## smoke on Python 3.11 and its jax, in .venv-3.11, where there is
 	if [ -n "$$other" ] && [ "$$other" != "$(PYTHON)" ]; then $(MAKE) smoke PYTHON="$$other" VENV=.venv-3.11; \
 	else echo "no second Python: no smoke test on it"; fi
 
-check: $(VENV)/.installed-dev  ## style, import law, types
+check: $(VENV)/.installed-dev  ## style, import law, house rules
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
 bench: install demo-model  ## host and device time of a step on the demo model
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)
+
+docs: install  ## write docs/configuration.md from the table of flags
+	$(BIN)/python scripts/write_configuration.py
 
 lock: $(VENV)/.installed-dev  ## write constraints.txt from what is installed in .venv and .venv-3.11
 	$(BIN)/python scripts/lock.py $(VENV) .venv-3.11
