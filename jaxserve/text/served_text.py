@@ -31,6 +31,7 @@ class ServedText:
     eos_token_ids: tuple[int, ...] = ()
     default_params: dict[str, object] = field(default_factory=dict)
     max_logprobs: int = 20
+    seeds: random.Random = field(default_factory=random.Random)   # for requests that bring none
 
     @classmethod
     def load(
@@ -47,6 +48,7 @@ class ServedText:
             eos_token_ids=eos_token_ids(folder, config, tokenizer.eos_token_id if tokenizer else None),
             default_params=default_params(folder, config),
             max_logprobs=config.max_logprobs,
+            seeds=random.Random(config.seed),
         )
 
     def need_tokenizer(self) -> Tokenizer:
@@ -81,7 +83,7 @@ class ServedText:
         _check_ids(ids, info.vocab_size)   # a tokenizer of another model may give ids that this one does not have
         room = _room(ids, info.max_model_len)
         params = self._engine_params(request.params, room)
-        seed = random.getrandbits(63) if params.seed is None else params.seed
+        seed = self.seeds.getrandbits(63) if params.seed is None else params.seed
         return [
             EngineRequest(
                 request_id=f"{request.request_id}/{choice}",
