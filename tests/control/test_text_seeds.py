@@ -9,8 +9,8 @@ from jaxserve.text.served_text import ServedText
 INFO = EngineInfo(model="m", vocab_size=320, max_model_len=64, page_size=16, page_count=9, dtype="float32")
 
 
-def draws(folder, seed: int, **params) -> list[int]:
-    text = ServedText.load(folder, ModelConfig(model="m", seed=seed, skip_tokenizer_init=True))
+def draws(folder, server_seed: int, **params) -> list[int]:
+    text = ServedText.load(folder, ModelConfig(model="m", seed=server_seed, skip_tokenizer_init=True))
     request = TextRequest(request_id="r", prompt_token_ids=(5,), params=SamplingParams(**params))
     return [text.engine_requests(request, (5,), INFO)[0].seed for _ in range(3)]
 
