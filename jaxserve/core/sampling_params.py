@@ -115,46 +115,36 @@ class SamplingParams:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def _check(self) -> None:
-        def in_range(name: str, low: float, high: float, *, open_low: bool = False) -> None:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise RequestError(f"{name} must be a finite number, got {value!r}.", param=name, value=value)
-            if value < low or value > high or (open_low and value == low):
-                bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
-                raise RequestError(f"{name} must be in {bounds}, got {value}.", param=name, value=value)
+        self._check_numbers()
+        self._check_lists()
 
-        def whole(name: str, low: int, high: int, *, optional: bool = False) -> None:
-            value = getattr(self, name)
-            if value is None and optional:
-                return
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise RequestError(f"{name} must be an integer, got {value!r}.", param=name, value=value)
-            if not low <= value <= high:
-                raise RequestError(f"{name} must be in [{low}, {high}], got {value}.", param=name, value=value)
-
-        whole("n", 1, CHOICES_MAX)
-        in_range("presence_penalty", -2, 2)
-        in_range("frequency_penalty", -2, 2)
-        in_range("temperature", 0, 2)
-        in_range("top_p", 0, 1, open_low=True)
-        in_range("min_p", 0, 1)
+    def _check_numbers(self) -> None:
+        self._whole("n", 1, CHOICES_MAX)
+        self._in_range("presence_penalty", -2, 2)
+        self._in_range("frequency_penalty", -2, 2)
+        self._in_range("temperature", 0, 2)
+        self._in_range("top_p", 0, 1, open_low=True)
+        self._in_range("min_p", 0, 1)
         penalty = self.repetition_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not math.isfinite(penalty) or penalty <= 0:
+        is_number = isinstance(penalty, (int, float)) and not isinstance(penalty, bool)
+        if not is_number or not math.isfinite(penalty) or penalty <= 0:
             raise RequestError(
                 f"repetition_penalty must be a finite number greater than zero, got {penalty}.",
                 param="repetition_penalty", value=penalty,
             )
-        whole("top_k", 0, 2**31 - 1)
-        whole("seed", -(2**63), 2**63 - 1, optional=True)
-        whole("max_tokens", 1, 2**31 - 1, optional=True)
-        whole("min_tokens", 0, 2**31 - 1)
-        whole("logprobs", -1, 2**31 - 1, optional=True)
-        whole("prompt_logprobs", -1, 2**31 - 1, optional=True)
+        self._whole("top_k", 0, 2**31 - 1)
+        self._whole("seed", -(2**63), 2**63 - 1, optional=True)
+        self._whole("max_tokens", 1, 2**31 - 1, optional=True)
+        self._whole("min_tokens", 0, 2**31 - 1)
+        self._whole("logprobs", -1, 2**31 - 1, optional=True)
+        self._whole("prompt_logprobs", -1, 2**31 - 1, optional=True)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, got {self.min_tokens}.",
                 param="min_tokens", value=self.min_tokens,
             )
+
+    def _check_lists(self) -> None:
         if len(self.stop) > STOP_STRINGS_MAX:
             raise RequestError(f"stop may hold at most {STOP_STRINGS_MAX} strings, got {len(self.stop)}.", param="stop")
         if any(not isinstance(s, str) or not s for s in self.stop):
@@ -170,7 +160,8 @@ class SamplingParams:
             )
         if len(self.logit_bias) > BIAS_ENTRIES_MAX:
             raise RequestError(
-                f"logit_bias may hold at most {BIAS_ENTRIES_MAX} entries, got {len(self.logit_bias)}.", param="logit_bias"
+                f"logit_bias may hold at most {BIAS_ENTRIES_MAX} entries, got {len(self.logit_bias)}.",
+                param="logit_bias",
             )
         if any(not math.isfinite(bias) for _, bias in self.logit_bias):
             raise RequestError("logit_bias values must be finite numbers.", param="logit_bias")
@@ -183,6 +174,23 @@ class SamplingParams:
                 f"{BAD_WORD_TOKENS_MAX} tokens.",
                 param="bad_words",
             )
+
+    def _in_range(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise RequestError(f"{name} must be a finite number, got {value!r}.", param=name, value=value)
+        if value < low or value > high or (open_low and value == low):
+            bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+            raise RequestError(f"{name} must be in {bounds}, got {value}.", param=name, value=value)
+
+    def _whole(self, name: str, low: int, high: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RequestError(f"{name} must be an integer, got {value!r}.", param=name, value=value)
+        if not low <= value <= high:
+            raise RequestError(f"{name} must be in [{low}, {high}], got {value}.", param=name, value=value)
 
 
 def check_against(params: SamplingParams, *, vocab_size: int, logprobs_max: int) -> None:

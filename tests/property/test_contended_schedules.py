@@ -11,6 +11,7 @@ import random
 import pytest
 
 from jaxserve.core.plan import RowAdmission, StepLimits
+from jaxserve.core.request import EngineRequest
 from tests.engine_harness import Harness, make_harness, make_request
 from tests.fakes import alone
 
@@ -47,18 +48,7 @@ def play(seed: int) -> Harness:
         return position >= corrupt_from.get(row.seed, LENGTH_MAX)
 
     harness.runner.corrupts = corrupts
-    todo = []
-    for number in range(14):
-        length = rng.choice([1, 4, 12, rng.randrange(1, 40)])
-        shared = rng.choice([0, length, rng.randrange(length + 1)])
-        if rng.random() < 0.1:
-            corrupt_from[number] = length - 1 + rng.randrange(6)
-        todo.append(make_request(
-            str(number), base[:shared] + [rng.randrange(101) for _ in range(length - shared)], seed=number,
-            priority=rng.randrange(3), max_tokens=rng.choice([None, None, 1, 4, 20]),
-            min_tokens=rng.choice([0, 0, 1]), eos_token_ids=rng.choice([(), (), (3, 4, 5)]),
-            presence_penalty=rng.choice([0, 0, 0, 1.0]), prompt_logprobs=rng.choice([None, None, None, 1]),
-        ))
+    todo = requests_of(rng, base, corrupt_from)
     aborted = set()
     if rng.random() < 0.5:
         harness.runner.limits_now, final = StepLimits(tokens_max=2, samples_max=1), harness.runner.limits_now
@@ -76,6 +66,29 @@ def play(seed: int) -> Harness:
         harness.step()
     harness.runner.limits_now = final
     harness.run()
+    check(harness, seed, corrupt_from, aborted)
+    return harness
+
+
+def requests_of(rng: random.Random, base: list[int], corrupt_from: dict[int, int]) -> list[EngineRequest]:
+    """Fourteen requests that share beginnings of `base`; those that go non-finite enter `corrupt_from`."""
+    todo = []
+    for number in range(14):
+        length = rng.choice([1, 4, 12, rng.randrange(1, 40)])
+        shared = rng.choice([0, length, rng.randrange(length + 1)])
+        if rng.random() < 0.1:
+            corrupt_from[number] = length - 1 + rng.randrange(6)
+        todo.append(make_request(
+            str(number), base[:shared] + [rng.randrange(101) for _ in range(length - shared)], seed=number,
+            priority=rng.randrange(3), max_tokens=rng.choice([None, None, 1, 4, 20]),
+            min_tokens=rng.choice([0, 0, 1]), eos_token_ids=rng.choice([(), (), (3, 4, 5)]),
+            presence_penalty=rng.choice([0, 0, 0, 1.0]), prompt_logprobs=rng.choice([None, None, None, 1]),
+        ))
+    return todo
+
+
+def check(harness: Harness, seed: int, corrupt_from: dict[int, int], aborted: set[str]) -> None:
+    """Every sequence got what it gets alone, as far as it went."""
     for name, request in harness.requests.items():
         expected = alone(request, harness.runner.shape)
         tokens = harness.tokens(name)
@@ -87,7 +100,6 @@ def play(seed: int) -> Harness:
             if request.params.prompt_logprobs:
                 scores = harness.outputs[name][0].prompt_logprobs or ()
                 assert tuple(s.logprob for s in scores if s is not None) == expected.prompt_scores, (seed, name)
-    return harness
 
 
 @pytest.mark.timeout(300)
