@@ -61,8 +61,9 @@ check: $(VENV)/.installed-dev  ## style, import law, house rules
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
-bench: install demo-model  ## host and device time of a step on the demo model
+bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)
+	$(BIN)/python scripts/bench_kernels.py
 
 docs: install  ## write docs/configuration.md from the table of flags
 	$(BIN)/python scripts/write_configuration.py

@@ -101,7 +101,8 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
     loop = EngineLoop(runner, config=scheduler, cache=config.cache, clock=MonotonicClock())
     report = _report(config, spec, setup, runner, dtype, seconds)
     return LocalEngine(
-        loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report, _progress=progress
+        loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
+        _progress=progress,
     )
 
 
@@ -189,6 +190,6 @@ def _report(
         page_size=memory.page_size, page_bytes=memory.page_bytes, max_model_len=memory.length_max,
         row_count=setup.shape.row_count, tokens_max=buckets.tokens_max,
         buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
-        compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest follows in the background",
+        compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest in the background",
         seconds=seconds,
     )

@@ -64,7 +64,7 @@ def _bind(config: ServeConfig) -> socket.socket:
         sock.bind(address)  # type: ignore[arg-type]
         sock.listen(2048)
     except (OSError, OverflowError) as error:
-        where = f"--uds {frontend.uds}" if frontend.uds is not None else f"--host {frontend.host} --port {frontend.port}"
+        where = f"--uds {frontend.uds}" if frontend.uds else f"--host {frontend.host} --port {frontend.port}"
         raise ConfigError(f"cannot listen on {where}: {error}; choose another address") from error
     return sock
 

@@ -61,8 +61,9 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         self.process = subprocess.Popen(
-            [*self._command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=environment,
-            preexec_fn=_die_with_parent, start_new_session=True,
+            [*self._command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
+            env=environment, start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - it takes no lock: one system call
         )
         theirs.close()
         return ours
@@ -114,7 +115,7 @@ class Supervisor:
             self.engine.status.detail = f"the engine process {ended}"
 
     async def _watch(self) -> None:
-        """Kills an engine that serves but has been silent for too long: a hang behind a healthy /health is the worst."""
+        """Kills an engine that serves but has been silent for too long: a hang behind a healthy /health is worst."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
             if self.engine.status.is_serving and self.engine.silent_s > BEAT_MISSED_S_MAX:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the time of a step goes: host seconds (plan, pack, dispatch, commit) by rows, device seconds by bucket.
 
-Turns the engine's own loop in this process, without HTTP and without text. Prints medians and minima; `--json` for machines.
+Turns the engine's own loop in this process, without HTTP and without text. Medians and minima; `--json` for machines.
 
     python scripts/bench_step.py --model ~/.cache/jaxserve/models/SmolLM2-135M-Instruct --dtype float32
     python scripts/bench_step.py --model FOLDER_WITH_CONFIG --load-format dummy --rows 1 16 64 --context 256
@@ -100,7 +100,9 @@ def start(options: argparse.Namespace) -> tuple[Runner, dict[str, float]]:
     }
 
 
-def host_times(runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def host_times(
+    runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     """Milliseconds of a decode step with `rows` sequences of about `--context` tokens."""
     loop = EngineLoop(runner, config=config.scheduler, cache=config.cache, clock=MonotonicClock())
     rng = np.random.default_rng(0)

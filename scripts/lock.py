@@ -1,4 +1,4 @@
-"""Writes constraints.txt: the exact versions installed in the given virtual environments, with markers where they differ."""
+"""Writes constraints.txt: the exact versions in the given environments, with markers where they differ."""
 
 from __future__ import annotations
 

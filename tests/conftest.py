@@ -29,9 +29,8 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", name="demo_model")
 def _demo_model() -> Path:
     """SmolLM2-135M-Instruct, made by the demo's own script (in the user's cache, so only once a machine)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "fetch_demo_model.py")], capture_output=True, text=True, timeout=600, check=False
-    )
+    command = [sys.executable, str(ROOT / "scripts" / "fetch_demo_model.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return Path(done.stdout.strip().splitlines()[-1])
 

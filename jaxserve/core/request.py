@@ -46,7 +46,7 @@ class EngineRequest:
 class TokenLogprob:
     """Natural-log probability of one token and of its best alternatives at that position.
 
-    `rank` counts from 1: how many tokens are at least as likely. `top_ids`/`top_logprobs` are sorted, most likely first.
+    `rank` counts from 1: how many are at least as likely. `top_ids`/`top_logprobs` are sorted, most likely first.
     """
 
     token_id: int

@@ -79,5 +79,5 @@ class TextDelta:
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     cached_token_count: int = 0
     preemption_count: int = 0
-    times: SequenceTimes = SequenceTimes()
+    times: SequenceTimes = SequenceTimes()   # noqa: RUF009 - frozen
     error: str | None = None

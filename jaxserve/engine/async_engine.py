@@ -59,7 +59,8 @@ class AsyncEngine:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise EngineNotReadyError(f"the engine is not serving yet: {self.status.phase} {self.status.detail}".strip())
+            where = f"{self.status.phase} {self.status.detail}".strip()
+            raise EngineNotReadyError(f"the engine is not serving yet: {where}")
         return self._info
 
     @property

@@ -71,7 +71,7 @@ class Outputs(msgspec.Struct, tag="outputs", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """Last frame up: why the engine stops. `is_users` marks errors that a restart cannot mend (flags, model, memory)."""
+    """Last frame up: why the engine stops. `is_users` marks errors that no restart mends (flags, model, memory)."""
 
     reason: str
     is_users: bool = False

@@ -1,4 +1,4 @@
-"""The supervisor keeps one engine process alive, starts it again after a failure, gives up in the end, leaves nothing."""
+"""The supervisor keeps one engine process alive, starts it again after a failure, gives up at last, leaves nothing."""
 
 import asyncio
 import os
@@ -22,7 +22,8 @@ mode, end = sys.argv[1], EngineEnd(socket.socket(fileno=int(sys.argv[2])))
 end.receive()
 if mode == "refuse":
     end.send(Failed("no such model", is_users=True)); sys.exit(1)
-end.send(Serving(EngineInfo(model="m", vocab_size=8, max_model_len=8, page_size=4, page_count=2, dtype="float32"), "/f"))
+info = EngineInfo(model="m", vocab_size=8, max_model_len=8, page_size=4, page_count=2, dtype="float32")
+end.send(Serving(info, "/f"))
 end.send(Status("ready"))
 if mode == "die":
     os._exit(3)

@@ -39,7 +39,8 @@ def test_prompt_logprobs_are_those_of_transformers_logits(name, compile_cache):
         answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     for prompt, logits_TV, answer in zip(prompts, logits, answers, strict=True):
         wanted_TV = logits_TV - np.logaddexp.reduce(logits_TV, axis=-1, keepdims=True)
-        found = [position[token].logprob for position, token in zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)]
+        scored = zip(answer.prompt_logprobs[1:], prompt[1:], strict=True)
+        found = [position[token].logprob for position, token in scored]
         expected = [wanted_TV[index, token] for index, token in enumerate(prompt[1:])]
         np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(logits_TV).max())
 

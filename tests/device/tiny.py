@@ -89,7 +89,7 @@ def _attend_densely(
     scale: float, window: int | None,
 ) -> tuple[jax.Array, Any]:
     """One whole sequence, no cache."""
-    T, N, H = q_TNH.shape
+    T, N, _ = q_TNH.shape
     repeat = N // k_TKH.shape[1]
     k_TNH, v_TNH = (jnp.repeat(x, repeat, axis=1) for x in (k_TKH, v_TKH))
     score_NTC = jnp.einsum("TNH,CNH->NTC", q_TNH, k_TNH) * scale

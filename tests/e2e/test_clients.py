@@ -1,4 +1,4 @@
-"""The clients that every guide shows, unchanged but for the base URL, against a real server with the real demo model."""
+"""The clients that every guide shows, unchanged but for the base URL, against a real server with the demo model."""
 
 import asyncio
 import json

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import requests
+
 from tests.e2e.test_load import metric
 
 pytestmark = pytest.mark.timeout(300)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import requests
+
 from tests.e2e.load import answer_all, answer_alone, differences, make_jobs
 
 # Switches of the engine, none of which may change a token.

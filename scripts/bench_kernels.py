@@ -1,0 +1,123 @@
+"""Milliseconds of the kernel library's ops on the named cases of real models, by implementation. Medians of --repeats.
+
+    python scripts/bench_kernels.py                                  # the demo model's cases, XLA's implementation
+    python scripts/bench_kernels.py --shape llama3-8b --op paged_decode --implementation xla reference
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.kv_write import cases as kv_write_cases
+from kernels_pallas.kv_write import kv_write
+from kernels_pallas.paged_decode import cases as paged_decode_cases
+from kernels_pallas.paged_decode import paged_decode
+from kernels_pallas.paged_prefill import cases as paged_prefill_cases
+from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.shapes import HeadShape
+from kernels_pallas.storage import storage_dtype
+from kernels_pallas.work import AttentionWork, plan_work
+
+SLOTS = 16   # of a page
+CASES: dict[str, tuple[Any, ...]] = {
+    "paged_decode": paged_decode_cases.CASES,
+    "paged_prefill": paged_prefill_cases.CASES,
+    "kv_write": kv_write_cases.CASES,
+}
+
+Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its options bound, and its arrays
+
+
+def call_of(op: str, case: Any, dtype: jnp.dtype, implementation: str | None = None) -> Call:
+    """What a case stands for, on random numbers."""
+    if op == "kv_write":
+        return _write(case, dtype, implementation)
+    if op == "paged_decode":
+        return _attend(paged_decode, case.shape, dtype, implementation, starts=[case.context - 1] * case.rows, count=1)
+    return _attend(paged_prefill, case.shape, dtype, implementation, starts=[case.before], count=case.chunk)
+
+
+def _attend(
+    op: Callable[..., jax.Array], shape: HeadShape, dtype: jnp.dtype, implementation: str | None,
+    *, starts: list[int], count: int,
+) -> Call:
+    """One step of equal rows: each has `count` new tokens after `starts` old ones. Pages lie apart in the pool."""
+    rows = len(starts)
+    row_A, start_A = np.arange(rows, dtype=np.int32), np.array(starts, np.int32)
+    count_A = np.full(rows, count, np.int32)
+    tokens = rows * count
+    pages = -(-(max(starts) + count) // SLOTS)
+    page_RM = np.random.default_rng(0).permutation(rows * pages).astype(np.int32).reshape(rows, pages)
+    planned = plan_work(
+        row_A=row_A, start_A=start_A, count_A=count_A, decode_count=rows if count == 1 else 0,
+        token_count_bucket=tokens, row_count=rows,
+    )
+    work = AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()})
+    pool = (rows * pages, shape.kv_head_count, SLOTS, shape.head_dim)
+    options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+    if shape.has_sinks:
+        options["sink_N"] = jnp.zeros(shape.head_count, jnp.float32)
+    arrays = (
+        _random((tokens, shape.head_count, shape.head_dim), dtype), _random(pool, dtype), _random(pool, dtype),
+        jnp.asarray(page_RM), work,
+    )
+    return partial(op, implementation=implementation, **options), arrays
+
+
+def _write(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
+    shape, tokens = case.shape, case.tokens
+    pages = -(-tokens // SLOTS)
+    pool = jnp.zeros((pages * 4, shape.kv_head_count, SLOTS, shape.head_dim), storage_dtype(dtype))
+    page_RM = jnp.arange(pages, dtype=jnp.int32)[None]
+    row_T, position_T = jnp.zeros(tokens, jnp.int32), jnp.arange(tokens, dtype=jnp.int32)
+    x_TKH = _random((tokens, shape.kv_head_count, shape.head_dim), dtype)
+    return partial(kv_write, implementation=implementation), (pool, x_TKH, page_RM, row_T, position_T)
+
+
+def _random(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape, dtype)
+
+
+def milliseconds(call: Call, repeats: int) -> float:
+    """Median of `repeats`, compilation and a first run left out."""
+    run, arrays = jax.jit(call[0]), call[1]
+    jax.block_until_ready(run(*arrays))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="smollm2-135m", help="a model's geometry, or 'all'")
+    parser.add_argument("--op", choices=sorted(CASES), nargs="+", default=sorted(CASES))
+    parser.add_argument("--implementation", nargs="+", default=["xla"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, {options.dtype}, jax {jax.__version__}; ms")
+    for op in options.op:
+        for case in CASES[op]:
+            if options.shape in ("all", case.shape.name):
+                dtype = jnp.dtype(options.dtype)
+                figures = (
+                    f"{name} {milliseconds(call_of(op, case, dtype, name), options.repeats):8.3f}"
+                    for name in options.implementation
+                )
+                print(f"{op:14} {case.name:32}", *figures, flush=True)
+
+
+if __name__ == "__main__":
+    main()
