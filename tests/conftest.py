@@ -84,8 +84,9 @@ class Server:
             raise AssertionError(f"did not end within {timeout_s} s:\n{self.log()[-4000:]}") from None
 
     def stop(self) -> None:
-        """Ends it if it runs; nothing may be left."""
+        """Ends it if it runs; nothing may be left, the engine process included."""
         if self._process.poll() is None:
+            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
             self._process.send_signal(signal.SIGTERM)
             try:
                 self._process.wait(30)
@@ -93,6 +94,8 @@ class Server:
                 self._process.kill()
                 self._process.wait()
                 raise AssertionError(f"the server did not stop on SIGTERM:\n{self.log()[-4000:]}") from None
+            left = [child for child in children if Path("/proc", child).exists()]
+            assert not left, f"the server left {left} behind:\n{self.log()[-4000:]}"
 
     def _get(self, path: str) -> int:
         import httpx
