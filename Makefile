@@ -56,9 +56,10 @@ smoke-other:  ## smoke on Python 3.11 and its jax, in .venv-3.11, where there is
 	if [ -n "$$other" ] && [ "$$other" != "$(PYTHON)" ]; then $(MAKE) smoke PYTHON="$$other" VENV=.venv-3.11; \
 	else echo "no second Python: no smoke test on it"; fi
 
-check: $(VENV)/.installed-dev  ## style, import law, house rules
+check: $(VENV)/.installed-dev  ## style, import law, types of the control plane, house rules
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
 bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone

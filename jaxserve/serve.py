@@ -83,7 +83,7 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    tasks = [
+    tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(server.serve(sockets=[sock]), name="http"),
         asyncio.create_task(supervisor.run(channel), name="engine"),
         asyncio.create_task(_open_text(state, engine, config), name="text"),
@@ -138,7 +138,7 @@ def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
     class Server(uvicorn.Server):
         """uvicorn without its own signal handlers: stopping drains first, see `_wind_down`."""
 
-        def capture_signals(self):  # type: ignore[no-untyped-def]
+        def capture_signals(self):
             from contextlib import nullcontext
 
             return nullcontext()

@@ -7,7 +7,7 @@ Invariant: however a stream ends — finished, stop string, closed early, cancel
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class TextEngine:
     def max_logprobs(self) -> int:
         return self._text.max_logprobs
 
-    async def stream(self, request: TextRequest) -> AsyncIterator[list[TextDelta]]:
+    async def stream(self, request: TextRequest) -> AsyncGenerator[list[TextDelta]]:
         """Batches of deltas of all choices, until each has its finish_reason.
 
         Raises RequestError before the engine hears of the request, EngineError where it cannot take it. Deltas that

@@ -201,7 +201,7 @@ def check_against(params: SamplingParams, *, vocab_size: int, logprobs_max: int)
       logprobs_max: the server's `--max-logprobs`; -1 allows the whole vocabulary.
     """
     named = [("stop_token_ids", params.stop_token_ids), ("allowed_token_ids", params.allowed_token_ids or ())]
-    named += [("logit_bias", [token for token, _ in params.logit_bias])]
+    named += [("logit_bias", tuple(token for token, _ in params.logit_bias))]
     for name, ids in named:
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:

@@ -22,7 +22,7 @@ def convert(flag: Flag, raw: Any) -> Any:
     """The value of `flag`. Strings come from the command line, typed values from YAML; both obey the same rules."""
     if str(raw) in flag.nothing:
         return None
-    value = _CONVERT[flag.kind](flag, raw)
+    value: Any = _CONVERT[flag.kind](flag, raw)
     if flag.choices and value not in flag.choices:
         raise ConfigError(f"{flag.name} must be one of {', '.join(flag.choices)}, got {raw!r}")
     if flag.low is not None and flag.high is not None and not flag.low <= value <= flag.high:

@@ -30,7 +30,7 @@ class ChatShape:
     prompt_text: str | None = None
     shows_cached: bool = False
 
-    def logprobs(self, positions: list | tuple) -> dict[str, object] | None:  # type: ignore[type-arg]
+    def logprobs(self, positions: list | tuple) -> dict[str, object] | None:
         if not self.body.logprobs:
             return None
         return chat_logprobs(
@@ -101,9 +101,11 @@ def _first_chunks(shape: ChatShape, deltas: list[TextDelta], count: UsageCount) 
     for index in range(shape.body.n or 1):
         begin = {"role": shape.role, "content": ""}
         choice = {"index": index, "delta": begin, "logprobs": None, "finish_reason": None}
-        extra = {"prompt_token_ids": list(prompt_ids) if shape.body.return_token_ids and prompt_ids else None}
+        extra: dict[str, object] = {
+            "prompt_token_ids": list(prompt_ids) if shape.body.return_token_ids and prompt_ids else None
+        }
         if shape.prompt_text is not None:
-            extra["prompt_text"] = shape.prompt_text  # type: ignore[assignment]
+            extra["prompt_text"] = shape.prompt_text
         events.append(_chunk(shape, choice, index, count, extra))
         if shape.prefix:
             repeated = {"index": index, "delta": {"content": shape.prefix}, "logprobs": None, "finish_reason": None}

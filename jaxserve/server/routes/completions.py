@@ -101,7 +101,7 @@ def _params(body: CompletionRequest, engine: TextEngine) -> SamplingParams:
     )
 
 
-def _echo_text(body: CompletionRequest, engine: TextEngine):  # type: ignore[no-untyped-def]
+def _echo_text(body: CompletionRequest, engine: TextEngine):
     prompts = body.prompts
 
     def echo_text(index: int, token_ids: Sequence[int]) -> str:
