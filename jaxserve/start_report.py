@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE
@@ -65,8 +66,7 @@ class StartReport:
         table.add_column(overflow="fold")
         for name, value in self.rows():
             table.add_row(name, value)
-        console = Console(stderr=True)
-        console.print(table, width=None if console.is_terminal else LOG_WIDTH)
+        Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH).print(table)
 
 
 def size(count: int) -> str:
