@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import queue
 import signal
 import socket
@@ -64,17 +65,14 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
     engine = build_engine(start.config, progress=progress)
-    try:
-        if logger.isEnabledFor(logging.INFO):
-            engine.report.print()
-        outbox.put(Serving(engine.info, str(engine.folder)))
-        outbox.put(Status("serving"))
-        engine.compile_rest(on_ready=lambda: outbox.put(Status("ready")))
-        gc.collect()
-        gc.freeze()   # what start-up made lives as long as the process: no later collection walks it
-        _turn(engine, inbox, outbox)
-    finally:
-        engine.close()
+    if logger.isEnabledFor(logging.INFO):
+        engine.report.print()
+    outbox.put(Serving(engine.info, str(engine.folder)))
+    outbox.put(Status("serving"))
+    engine.compile_rest(on_ready=lambda: outbox.put(Status("ready")))
+    gc.collect()
+    gc.freeze()   # what start-up made lives as long as the process: no later collection walks it
+    _turn(engine, inbox, outbox)
 
 
 def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.SimpleQueue[Up | None]) -> None:
@@ -129,4 +127,8 @@ def _write(channel: EngineEnd, outbox: queue.SimpleQueue[Up | None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    # Without waiting for a program that is still being compiled: the device goes with the process, and the store's
+    # files appear whole or not at all.
+    os._exit(status)
