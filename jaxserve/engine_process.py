@@ -68,8 +68,8 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     if logger.isEnabledFor(logging.INFO):
         engine.report.print()
     outbox.put(Serving(engine.info, str(engine.folder)))
-    outbox.put(Status("serving"))
-    engine.compile_rest(on_ready=lambda: outbox.put(Status("ready")))
+    progress.phase("serving")   # from here on what the background reports is a detail of serving
+    engine.compile_rest(on_ready=lambda: progress.phase("ready"))
     gc.collect()
     gc.freeze()   # what start-up made lives as long as the process: no later collection walks it
     _turn(engine, inbox, outbox)

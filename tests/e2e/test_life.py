@@ -57,6 +57,18 @@ def test_health_answers_from_the_first_second_with_the_phase(serve, tiny_llama):
     assert phases, "the server was never seen starting"
 
 
+@pytest.mark.timeout(600)
+def test_once_serving_always_serving(demo_model, serve, tmp_path):
+    """While the rest of the demo's programs is compiled, which takes more than a progress report, /health stays 200."""
+    server = serve("--model", str(demo_model), "--max-model-len", "512", "--kv-cache-memory-bytes", "64M",
+                   "--max-num-batched-tokens", "128", "--max-num-seqs", "16")
+    seen = set()
+    while "ready:" not in server.log():
+        seen.add(requests.get(f"{server.url}/health", timeout=30).status_code)
+        time.sleep(0.1)
+    assert seen == {200}
+
+
 def test_sigterm_finishes_what_runs_and_leaves_no_process(serve, tiny_llama):
     server = serve("--model", str(tiny_llama), *SMALL, "--shutdown-timeout", "60")
     pids = [server.pid, *children(server.pid)]
