@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.kv_write import cases as kv_write_cases
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import cases as paged_decode_cases
@@ -32,6 +34,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "paged_decode": paged_decode_cases.CASES,
     "paged_prefill": paged_prefill_cases.CASES,
     "kv_write": kv_write_cases.CASES,
+    "grouped_matmul": grouped_matmul_cases.CASES,
 }
 
 Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its options bound, and its arrays
@@ -39,6 +42,8 @@ Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its optio
 
 def call_of(op: str, case: Any, dtype: jnp.dtype, implementation: str | None = None) -> Call:
     """What a case stands for, on random numbers."""
+    if op == "grouped_matmul":
+        return _grouped(case, dtype, implementation)
     if op == "kv_write":
         return _write(case, dtype, implementation)
     if op == "paged_decode":
@@ -83,6 +88,17 @@ def _write(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
     return partial(kv_write, implementation=implementation), (pool, x_TKH, page_RM, row_T, position_T)
 
 
+def _grouped(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
+    """Tokens that choose their experts at random."""
+    rows = case.tokens * case.chosen
+    expert_A = np.random.default_rng(0).integers(0, case.experts, rows)
+    count_E = jnp.asarray(np.bincount(expert_A, minlength=case.experts), jnp.int32)
+    weight_EOI = _random((case.experts, case.width_out, case.width), dtype)
+    return partial(grouped_matmul, implementation=implementation), (
+        _random((rows, case.width), dtype), weight_EOI, count_E
+    )
+
+
 def _random(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     return jax.random.normal(jax.random.key(0), shape, dtype)
 
@@ -99,6 +115,11 @@ def milliseconds(call: Call, repeats: int) -> float:
     return median(times) * 1e3
 
 
+def _model(case: Any) -> str:
+    """Whose geometry a case has."""
+    return str(case.model if hasattr(case, "model") else case.shape.name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="smollm2-135m", help="a model's geometry, or 'all'")
@@ -110,7 +131,7 @@ def main() -> None:
     print(f"{jax.devices()[0].device_kind}, {options.dtype}, jax {jax.__version__}; ms")
     for op in options.op:
         for case in CASES[op]:
-            if options.shape in ("all", case.shape.name):
+            if options.shape in ("all", _model(case)):
                 dtype = jnp.dtype(options.dtype)
                 figures = (
                     f"{name} {milliseconds(call_of(op, case, dtype, name), options.repeats):8.3f}"

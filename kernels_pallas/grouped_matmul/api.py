@@ -1,0 +1,35 @@
+"""Grouped matrix product: the first count_E[0] rows meet weight_EOI[0], the next count_E[1] rows weight_EOI[1], …
+
+Contract: sums in float32, given back in float32. Rows past the last group are arbitrary but finite if the input is.
+A row's result depends on that row and its weight only.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas import contract
+from kernels_pallas.grouped_matmul import reference, xla
+
+_IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+
+
+def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, implementation: str | None = None) -> Array:
+    """x · weightᵀ, group by group; [T, O] float32.
+
+    Args:
+      x_TI: rows sorted by group.  weight_EOI: one matrix a group, as checkpoints store it.
+      count_E: rows of each group, int32; their sum is at most T.
+      implementation: "xla", "reference", or None for the first that serves the request.
+    """
+    found = []
+    if x_TI.ndim != 2 or weight_EOI.ndim != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
+        found.append(f"x must be [T, I], weights [E, O, I]; got {x_TI.shape} and {weight_EOI.shape}")
+    elif count_E.shape != weight_EOI.shape[:1] or count_E.dtype != jnp.int32:
+        found.append(f"counts must be int32 [{weight_EOI.shape[0]}], got {count_E.dtype}{list(count_E.shape)}")
+    if x_TI.dtype != weight_EOI.dtype or x_TI.dtype not in contract.FLOATS:
+        found.append(f"rows and weights must be alike and float, got {x_TI.dtype} and {weight_EOI.dtype}")
+    contract.require("grouped_matmul", found)
+    chosen = contract.choose("grouped_matmul", implementation, {name: list for name in _IMPLEMENTATIONS})
+    return _IMPLEMENTATIONS[chosen](x_TI, weight_EOI, count_E)

@@ -1,0 +1,59 @@
+"""Products by group: against the reference, empty groups, rows past the last group, and what a row depends on."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.contract import ContractError, NoImplementationError
+from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul.xla import TILE_ROWS_MAX, tile_rows
+
+
+def arrays(counts: list[int], spare: int = 0, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    x_TI = jnp.asarray(rng.normal(size=(sum(counts) + spare, 24)), dtype)
+    weight_EOI = jnp.asarray(rng.normal(size=(len(counts), 40, 24)), dtype)
+    return x_TI, weight_EOI, jnp.asarray(counts, jnp.int32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("counts", [[1], [0, 1], [5, 0, 0, 3], [0, 0, 0, 130], [70, 1, 65, 64], [2] * 40])
+def test_equals_the_reference(counts: list[int], dtype: str) -> None:
+    x_TI, weight_EOI, count_E = arrays(counts, dtype=dtype)
+    found = grouped_matmul(x_TI, weight_EOI, count_E, implementation="xla")
+    expected = grouped_matmul(x_TI, weight_EOI, count_E, implementation="reference")
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_rows_past_the_last_group_disturb_nobody() -> None:
+    x_TI, weight_EOI, count_E = arrays([3, 4], spare=9)
+    found = grouped_matmul(x_TI, weight_EOI, count_E, implementation="xla")
+    alone = grouped_matmul(x_TI[:7], weight_EOI, count_E, implementation="reference")
+    np.testing.assert_allclose(found[:7], alone, rtol=0, atol=1e-4)
+    assert np.isfinite(found).all()
+
+
+def test_a_group_without_rows_is_not_read() -> None:
+    x_TI, weight_EOI, count_E = arrays([3, 0, 4])
+    poisoned_EOI = weight_EOI.at[1].set(jnp.nan)
+    assert np.isfinite(grouped_matmul(x_TI, poisoned_EOI, count_E, implementation="xla")).all()
+
+
+def test_refuses_what_breaks_the_contract() -> None:
+    x_TI, weight_EOI, count_E = arrays([3, 4])
+    with pytest.raises(ContractError, match=r"counts must be int32 \[2\]"):
+        grouped_matmul(x_TI, weight_EOI, count_E[:1])
+    with pytest.raises(ContractError, match="x must be"):
+        grouped_matmul(x_TI[:, :3], weight_EOI, count_E)
+    with pytest.raises(ContractError, match="alike"):
+        grouped_matmul(x_TI.astype(jnp.bfloat16), weight_EOI, count_E)
+    with pytest.raises(NoImplementationError, match="unknown implementation 'cuda'"):
+        grouped_matmul(x_TI, weight_EOI, count_E, implementation="cuda")
+
+
+def test_tiles_follow_the_average_group() -> None:
+    assert [tile_rows(rows, 64) for rows in (1, 64, 300, 512, 10**6)] == [2, 2, 8, 8, TILE_ROWS_MAX]
