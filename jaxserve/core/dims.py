@@ -5,7 +5,7 @@ letters after an underscore. `tests/test_tidy.py` holds names and einsum strings
 """
 
 DIMS: dict[str, str] = {
-    "A": "entries of a step plan: one a scheduled sequence",
+    "A": "entries of a step plan: one a scheduled sequence; or assignments of tokens to experts",
     "B": "sampling rows of a step",
     "C": "context slots gathered at once (pages x slots)",
     "D": "model width",
@@ -30,5 +30,5 @@ DIMS: dict[str, str] = {
     "W": "work items of an attention plan",
     "X": "experts a token; alternatives a logprob",
     "Y": "shaping slots: rows with penalties, bias or token masks",
-    "Z": "quantisation groups",
+    "Z": "groups: of quantisation, of experts; slabs",
 }

@@ -32,7 +32,8 @@ class RowAdmission:
     Attributes:
       pages: for each KV group, the page ids held now, from page index 0 (prefix hits and first new pages).
       prompt_length: tokens of the prompt; later tokens are output (min_tokens, frequency and presence penalties).
-      token_ids: everything known: prompt, then output so far; the runner reads it for penalties and bad words only.
+      token_ids: everything known: prompt, then output so far; the runner reads it for penalties, bad words, and
+        whether the sequence is past `RunnerShape.rope_switch`.
       slot: shaping slot, or -1 where `params.needs_shaping` is false.
       stop_token_ids: ids masked until min_tokens are out (eos included, unless ignored).
     """
@@ -161,6 +162,7 @@ class RunnerShape:
     slot_count: int                   # Y, shaping slots
     vocab_size: int                   # V, width of the logits
     alternatives_max: int             # X: most alternatives a logprob can carry
+    rope_switch: int | None = None    # a sequence that grows past this length must be admitted anew
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

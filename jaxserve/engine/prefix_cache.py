@@ -94,7 +94,7 @@ class PrefixCache:
         keys, size = sequence.page_keys, self._size
         assert count * size <= sequence.known
         if len(keys) < count:
-            previous = keys[-1] if keys else _root(sequence.request.cache_salt)
+            previous = keys[-1] if keys else _root(sequence.request.cache_salt, is_long=sequence.is_long)
             tokens = sequence.token_ids[: count * size].astype("<i4", copy=False).tobytes()
             for index in range(len(keys), count):
                 previous = hashlib.sha256(previous + tokens[index * size * 4 : (index + 1) * size * 4]).digest()
@@ -138,6 +138,7 @@ class PrefixCache:
         return count, found
 
 
-def _root(salt: str | None) -> bytes:
-    """Where a chain starts: no salt and an empty salt are different."""
-    return hashlib.sha256(b"\0" if salt is None else b"\1" + salt.encode("utf-8", "surrogatepass")).digest()
+def _root(salt: str | None, *, is_long: bool) -> bytes:
+    """Where a chain starts: no salt and an empty salt are different, and so are keys that turned another way."""
+    turned = b"\1" if is_long else b"\0"
+    return hashlib.sha256(turned + (b"\0" if salt is None else b"\1" + salt.encode("utf-8", "surrogatepass"))).digest()

@@ -11,6 +11,7 @@ pages or tokens holds back all behind it, so under fcfs nobody is overtaken for 
 
 from __future__ import annotations
 
+import sys
 from enum import Enum, auto
 
 from jaxserve.core.plan import StepLimits, StepPlan
@@ -34,8 +35,9 @@ class _Verdict(Enum):
 class Scheduler:
     """Makes plans over the roster's sequences."""
 
-    def __init__(self, roster: Roster, counters: Counters) -> None:
+    def __init__(self, roster: Roster, counters: Counters, *, rope_switch: int | None = None) -> None:
         self._roster = roster
+        self._rope_switch = rope_switch or sys.maxsize
         self._counters = counters
         self._kv = roster.kv
         self._step = 0
@@ -63,7 +65,7 @@ class Scheduler:
 
     def _choose_decodes(self, draft: Draft) -> list[Sequence]:
         """Adds decodes; returns the running sequences that are still in prefill."""
-        prefills = []
+        prefills, outgrown = [], []
         chosen = draft.decodes
         for sequence in self._roster.running:   # preemption only shortens the list at its end
             planned = sequence.planned
@@ -71,6 +73,9 @@ class Scheduler:
                 prefills.append(sequence)
                 continue
             if draft.tokens == 0 or draft.samples == 0 or draft.entries == 0 or sequence.is_ending:
+                continue
+            if planned >= self._rope_switch and not sequence.is_long:
+                outgrown.append(sequence)
                 continue
             if planned >= sequence.capacity:
                 if not self._make_room(sequence, draft):
@@ -80,6 +85,10 @@ class Scheduler:
             draft.tokens -= 1
             draft.samples -= 1
             draft.entries -= 1
+        for sequence in outgrown:
+            # Its next key turns another way, and so must all before it: it is computed anew, once nothing is in flight.
+            if sequence.row >= 0 and not sequence.in_flight:
+                self._roster.unseat(sequence)
         return prefills
 
     def _choose_chunks(self, draft: Draft, prefills: list[Sequence]) -> None:
@@ -153,6 +162,9 @@ class Scheduler:
             return _Verdict.PASSED_OVER
         if not sequence.may_split and sequence.known > draft.tokens_max:
             return _Verdict.PASSED_OVER   # until larger buckets are compiled
+        if sequence.is_long != (is_long := sequence.known > self._rope_switch):
+            sequence.is_long = is_long
+            sequence.page_keys.clear()
         pages = roster.cache.find(sequence)
         if pages is None:
             return _Verdict.PASSED_OVER

@@ -37,6 +37,7 @@ class Sequence:
       published: leading pages known to the prefix cache.  promised: leading pages it has promised to compute.
       may_split: whether its prefill may take several steps: always with chunked prefill; without it only the
         recomputation of a sequence that has output, which may be longer than any step.
+      is_long: longer, when it took its row, than the model's first context: its keys turn another way.
       is_leaving: has no row any more, but keeps its pages until the step in flight has landed.
       scores: prompt logprobs by position so far; None where they were not asked for.
     """
@@ -50,6 +51,7 @@ class Sequence:
         "has_ended",
         "in_flight",
         "is_leaving",
+        "is_long",
         "known",
         "may_split",
         "page_keys",
@@ -90,7 +92,7 @@ class Sequence:
         self.page_keys: list[bytes] = []
         self.published = self.promised = 0
         self.may_split = may_split
-        self.is_leaving = self.has_ended = False
+        self.is_leaving = self.has_ended = self.is_long = False
         self.cached_token_count = -1    # until the first admission
         self.preemption_count = self.failure_count = 0
         self.scheduled_s = self.first_token_s = 0.0

@@ -15,10 +15,10 @@ from kernels_pallas.work import AttentionWork
 
 
 class LayerKv(NamedTuple):
-    """Keys and values of one layer, paged."""
+    """Keys and values of one layer, paged; a latent cache has no values of its own."""
 
     k_PKSH: Array
-    v_PKSH: Array
+    v_PKSH: Array | None
 
 
 @flax.struct.dataclass
@@ -26,6 +26,7 @@ class StepContext:
     """Attributes:
     position_T: position of each token in its sequence, 0 for padding.
     row_T: device row of each token, R for padding.
+    is_long_T: whether the token's sequence is longer than the model's original context; None where no layer asks.
     page_RM: for each KV group, the page table of all rows.
     work: attention work items, planned on the host, shared by all layers.
     """
@@ -34,3 +35,4 @@ class StepContext:
     row_T: Array
     page_RM: tuple[Array, ...]
     work: AttentionWork
+    is_long_T: Array | None = None

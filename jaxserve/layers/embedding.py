@@ -14,19 +14,25 @@ from jaxserve.layers.linear import matmul
 
 
 class Vocabulary(nn.Module):
-    """A [V, D] matrix that embeds ids, scores hidden states, or both (tied weights)."""
+    """A [V, D] matrix that embeds ids, scores hidden states, or both (tied weights); or that of learned positions."""
 
     size: int
     width: int
     dtype: DTypeLike
+    has_bias: bool = False
+    axis: str = "vocab"
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "width"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (self.axis, "width"))
         self.weight_VD = self.param("weight", init, (self.size, self.width), self.dtype)
+        if self.has_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
+            self.bias_V = self.param("bias", init, (self.size,), self.dtype)
 
-    def embed(self, token_T: Array) -> Array:
+    def embed(self, id_T: Array) -> Array:
         # "clip" spares the compare-and-fill of the default mode; ids are in range.
-        return jnp.take(self.weight_VD, token_T, axis=0, mode="clip")
+        return jnp.take(self.weight_VD, id_T, axis=0, mode="clip")
 
     def logits(self, hidden_BD: Array) -> Array:
-        return matmul(hidden_BD, self.weight_VD)
+        logits_BV = matmul(hidden_BD, self.weight_VD)
+        return logits_BV + self.bias_V.astype(jnp.float32) if self.has_bias else logits_BV

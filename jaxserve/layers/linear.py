@@ -14,9 +14,15 @@ from jax.typing import DTypeLike
 
 
 def matmul(x_TI: Array, weight_OI: Array) -> Array:
-    """x · weightᵀ in float32. Float32 operands are multiplied exactly, not in a GPU's 10-bit TF32."""
-    precision = jax.lax.Precision.HIGHEST if weight_OI.dtype == jnp.float32 else None
-    return jnp.einsum("TI,OI->TO", x_TI, weight_OI, precision=precision, preferred_element_type=jnp.float32)
+    """x · weightᵀ in float32."""
+    return jnp.einsum(
+        "TI,OI->TO", x_TI, weight_OI, precision=precision_of(weight_OI.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """Float32 operands are multiplied exactly, not in a GPU's 10-bit TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 class Linear(nn.Module):

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation. Computed in float32 whatever the input: a mean of squares in bfloat16 is 8 bits."""
+"""Normalisation over the last axis. Computed in float32 whatever the input: a mean in bfloat16 is 8 bits."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxserve.core.model_spec import LayerNorm, Norm, RmsNorm
 
-class RmsNorm(nn.Module):
-    """x / rms(x) * weight, over the last axis."""
 
+class Normalise(nn.Module):
+    """The norm that `spec` names, with its weight and, if any, its bias."""
+
+    spec: Norm
     width: int
-    epsilon: float
     dtype: DTypeLike
 
     def setup(self) -> None:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
         self.weight_D = self.param("weight", init, (self.width,), self.dtype)
+        if isinstance(self.spec, LayerNorm) and self.spec.has_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("width",))
+            self.bias_D = self.param("bias", init, (self.width,), self.dtype)
 
     def __call__(self, x_TD: Array) -> Array:
-        x32_TD = x_TD.astype(jnp.float32)
-        mean_square_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
-        normed_TD = x32_TD * jax.lax.rsqrt(mean_square_T1 + self.epsilon)
-        return (normed_TD * self.weight_D.astype(jnp.float32)).astype(self.dtype)
+        x32_TD, weight_D = x_TD.astype(jnp.float32), self.weight_D.astype(jnp.float32)
+        if isinstance(self.spec, RmsNorm):
+            mean_square_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
+            normed_TD = x32_TD * jax.lax.rsqrt(mean_square_T1 + self.spec.epsilon) * (weight_D + self.spec.offset)
+        else:
+            x32_TD = x32_TD - jnp.mean(x32_TD, axis=-1, keepdims=True)
+            variance_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
+            normed_TD = x32_TD * jax.lax.rsqrt(variance_T1 + self.spec.epsilon) * weight_D
+            if self.spec.has_bias:
+                normed_TD = normed_TD + self.bias_D.astype(jnp.float32)
+        return normed_TD.astype(self.dtype)

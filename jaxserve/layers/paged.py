@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxserve.core.model_spec import SlidingWindow, Span
 from jaxserve.layers.context import LayerKv, StepContext
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
@@ -19,34 +20,43 @@ from kernels_pallas.paged_prefill import paged_prefill
 def attend(
     q_TNH: Array,
     k_TKH: Array,
-    v_TKH: Array,
+    v_TKH: Array | None,
     layer_kv: LayerKv,
     context: StepContext,
     group: int,
     *,
     scale: float,
-    window: int | None,
+    span: Span,
+    soft_cap: float | None = None,
+    sink_N: Array | None = None,
 ) -> tuple[Array, LayerKv]:
     """Attention output of every token (zero for padding) and the layer's pages with the step's tokens in them.
 
     Args:
+      v_TKH: None where the keys are the values too (latent attention); the cache then has keys only.
       group: which KV group, hence which page table, the layer belongs to.
-      window: newest positions a token sees, its own included; None is all.
+      soft_cap: scores become soft_cap * tanh(score / soft_cap).
+      sink_N: a logit a head that counts in the softmax's denominator and has no value.
     """
     page_RM = context.page_RM[group]
+    window = span.size if isinstance(span, SlidingWindow) else None
+
+    def write(pages_PKSH: Array, new_TKH: Array) -> Array:
+        return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation="xla")
+
     with jax.named_scope("attention.write"):
-        k_PKSH, v_PKSH = (
-            kv_write(pages, new, page_RM, context.row_T, context.position_T, implementation="xla")
-            for pages, new in ((layer_kv.k_PKSH, k_TKH), (layer_kv.v_PKSH, v_TKH))
-        )
+        k_PKSH = write(layer_kv.k_PKSH, k_TKH)
+        has_values = v_TKH is not None and layer_kv.v_PKSH is not None
+        v_PKSH = write(layer_kv.v_PKSH, v_TKH) if has_values else k_PKSH
     q_TNH = q_TNH.astype(k_TKH.dtype)
     sections = []
     for name, section in (("decode", paged_decode), ("prefill", paged_prefill)):
         with jax.named_scope(f"attention.{name}"):
-            sections.append(
-                section(q_TNH, k_PKSH, v_PKSH, page_RM, context.work, scale=scale, window=window, implementation="xla")
-            )
+            sections.append(section(
+                q_TNH, k_PKSH, v_PKSH, page_RM, context.work,
+                scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, implementation="xla",
+            ))
     decoded_TNH, prefilled_TNH = sections
     is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < context.work.decode_count
     out_TNH = jnp.where(is_decode_T[:, None, None], decoded_TNH, prefilled_TNH)
-    return out_TNH, LayerKv(k_PKSH=k_PKSH, v_PKSH=v_PKSH)
+    return out_TNH, LayerKv(k_PKSH=k_PKSH, v_PKSH=v_PKSH if has_values else None)

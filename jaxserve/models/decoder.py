@@ -18,19 +18,21 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxserve.core.model_spec import LayerSpec, ModelSpec
+from jaxserve.core.model_spec import LatentAttention, LayerSpec, ModelSpec, MoeMlp
 from jaxserve.layers import paged
 from jaxserve.layers.attention import AttendPort, SelfAttention
 from jaxserve.layers.context import LayerKv, StepContext
 from jaxserve.layers.embedding import Vocabulary
-from jaxserve.layers.mlp import GatedMlp
-from jaxserve.layers.norm import RmsNorm
+from jaxserve.layers.latent_attention import LatentSelfAttention
+from jaxserve.layers.mlp import DenseMlp
+from jaxserve.layers.moe import MixtureOfExperts
+from jaxserve.layers.norm import Normalise
 from jaxserve.layers.rope import Rotation, rotation
 from jaxserve.sharding import rules
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One block: attention and an MLP, each added to the residual stream, in the order and with the norms of `spec`."""
 
     spec: LayerSpec
     width: int
@@ -39,20 +41,42 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         spec, width, dtype = self.spec, self.width, self.dtype
-        self.attention_norm = RmsNorm(width, spec.norm_epsilon, dtype)
-        self.attention = SelfAttention(spec.attention, width, dtype, self.attend)
-        self.mlp_norm = RmsNorm(width, spec.norm_epsilon, dtype)
-        self.mlp = GatedMlp(spec.mlp, width, dtype)
+        if isinstance(spec.attention, LatentAttention):
+            self.attention = LatentSelfAttention(spec.attention, width, dtype, self.attend)
+        else:
+            self.attention = SelfAttention(spec.attention, width, dtype, self.attend)
+        if isinstance(spec.mlp, MoeMlp):
+            self.mlp = MixtureOfExperts(spec.mlp, width, dtype)
+        else:
+            self.mlp = DenseMlp(spec.mlp, width, dtype)
+        self.attention_norm, self.mlp_norm, self.attention_out_norm, self.mlp_out_norm = (
+            None if norm is None else Normalise(norm, width, dtype)
+            for norm in (spec.norm, spec.mlp_norm, spec.out_norm, spec.mlp_out_norm)
+        )
 
-    def __call__(self, x_TD: Array, turn: Rotation, layer_kv: Any, context: Any, group: int) -> tuple[Array, Any]:
-        attended_TD, layer_kv = self.attention(self.attention_norm(x_TD), turn, layer_kv, context, group)
+    def __call__(
+        self, x_TD: Array, turn: Rotation | None, layer_kv: Any, context: Any, group: int
+    ) -> tuple[Array, Any]:
+        normed_TD = _apply(self.attention_norm, x_TD)
+        attended_TD, layer_kv = self.attention(normed_TD, turn, layer_kv, context, group)
+        attended_TD = self._scaled(_apply(self.attention_out_norm, attended_TD))
+        if self.spec.order == "parallel":
+            seen_TD = normed_TD if self.mlp_norm is None else self.mlp_norm(x_TD)
+            return x_TD + attended_TD + self._scaled(_apply(self.mlp_out_norm, self.mlp(seen_TD))), layer_kv
         x_TD = x_TD + attended_TD
-        return x_TD + self.mlp(self.mlp_norm(x_TD)), layer_kv
+        return x_TD + self._scaled(_apply(self.mlp_out_norm, self.mlp(_apply(self.mlp_norm, x_TD)))), layer_kv
+
+    def _scaled(self, x_TD: Array) -> Array:
+        return x_TD if self.spec.residual_scale == 1 else x_TD * jnp.asarray(self.spec.residual_scale, x_TD.dtype)
+
+
+def _apply(norm: Normalise | None, x_TD: Array) -> Array:
+    return x_TD if norm is None else norm(x_TD)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "group"))
 def _block(
-    params: Any, x_TD: Array, turn: Rotation, layer_kv: Any, context: Any, *, block: Block, group: int
+    params: Any, x_TD: Array, turn: Rotation | None, layer_kv: Any, context: Any, *, block: Block, group: int
 ) -> tuple[Array, Any]:
     """A block as a function of its parameters: equal blocks share one trace."""
     return block.apply({"params": params}, x_TD, turn, layer_kv, context, group)
@@ -73,9 +97,12 @@ class Decoder(nn.Module):
         spec, dtype = self.spec, self.dtype
         self.embedding = Vocabulary(spec.vocab_size, spec.width, dtype)
         self.layers = [Block(layer, spec.width, dtype, self.attend) for layer in spec.layers]
-        self.final_norm = RmsNorm(spec.width, spec.norm_epsilon, dtype)
+        self.final_norm = Normalise(spec.final_norm, spec.width, dtype)
+        if spec.positions is not None:
+            count = spec.positions.count + spec.positions.offset
+            self.positions = Vocabulary(count, spec.width, dtype, axis="position")
         if not spec.is_tied:
-            self.head = Vocabulary(spec.vocab_size, spec.width, dtype)
+            self.head = Vocabulary(spec.vocab_size, spec.width, dtype, has_bias=spec.has_head_bias)
 
     def hidden(
         self, token_T: Array, kv: tuple[LayerKv, ...], context: StepContext
@@ -83,9 +110,15 @@ class Decoder(nn.Module):
         """Hidden states after the final norm, and the cache with the step's keys and values in it."""
         with jax.named_scope("embed"):
             x_TD = self.embedding.embed(token_T)
+            if self.spec.embedding_scale != 1:
+                x_TD = x_TD * jnp.asarray(self.spec.embedding_scale, x_TD.dtype)
+            if self.spec.positions is not None:
+                x_TD = x_TD + self.positions.embed(context.position_T + self.spec.positions.offset)
         with jax.named_scope("rope"):
             ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers)
-            turns = {rope: rotation(rope, context.position_T) for rope in ropes}
+            turns = {
+                rope: None if rope is None else rotation(rope, context.position_T, context.is_long_T) for rope in ropes
+            }
         groups = {layer: index for index, group in enumerate(self.spec.kv_groups) for layer in group.layers}
         new_kv = []
         for index, (block, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
@@ -105,7 +138,12 @@ class Decoder(nn.Module):
     def logits(self, hidden_BD: Array) -> Array:
         """Float32 logits [B, V]."""
         with jax.named_scope("logits"):
-            return (self.embedding if self.spec.is_tied else self.head).logits(hidden_BD)
+            logits_BV = (self.embedding if self.spec.is_tied else self.head).logits(hidden_BD)
+            if self.spec.logit_scale != 1:
+                logits_BV = logits_BV * self.spec.logit_scale
+            if self.spec.logit_cap is not None:
+                logits_BV = self.spec.logit_cap * jnp.tanh(logits_BV / self.spec.logit_cap)
+            return logits_BV
 
     def everything(self, token_T: Array, kv: Any, context: Any) -> Array:
         """Touches every parameter; for `abstract_params`."""
@@ -134,5 +172,7 @@ def abstract_params(spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None)
     return jax.tree.map(place, boxed["params"], is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
 
 
-def _no_attention(q_TNH: Array, k_TKH: Array, v_TKH: Array, layer_kv: Any, *_: Any, **__: Any) -> tuple[Array, Any]:
+def _no_attention(
+    q_TNH: Array, k_TKH: Array, v_TKH: Array | None, layer_kv: Any, *_: Any, **__: Any
+) -> tuple[Array, Any]:
     return q_TNH, layer_kv

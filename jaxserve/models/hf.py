@@ -8,12 +8,14 @@ Invariant: a ModelSpec is only made from a config of which nothing was left unre
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from jaxserve.core.errors import ModelError, UnsupportedModelError
-from jaxserve.core.model_spec import DefaultRope, DType, LinearRope, Llama3Rope, Rope
+from jaxserve.core.model_spec import Activation, DType, Global, SlidingWindow, Span
+from jaxserve.core.rope import Rope
+from jaxserve.models.hf_rope import RopeFields
 
 # Attributes that change nothing of what a decoder computes at inference, whatever their value.
 IGNORABLE = frozenset({
@@ -27,7 +29,12 @@ IGNORABLE = frozenset({
     "pretraining_tp",        # splits a product into parts that are added again: the same sums
     # training
     "initializer_range", "initializer_factor", "gradient_checkpointing", "attention_dropout", "hidden_dropout",
-    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "use_reentrant",
+    "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "use_reentrant", "classifier_dropout", "embedding_dropout",
+    "residual_dropout", "layerdrop", "init_std", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
+    "aux_loss_alpha", "seq_aux", "embd_dropout", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn",
+    # how training spread the experts; how many tokens more the training predicted (those layers stay unread)
+    "ep_size", "num_nextn_predict_layers", "num_mtp_layers",
     # token ids and generation defaults: the text side reads them
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens",
@@ -47,6 +54,9 @@ IGNORABLE_AT: dict[str, tuple[object, ...]] = {
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
+    "use_bidirectional_attention": (False,),
+    "mlp_bias": (False,),
+    "attention_bias": (False,),
     "embedding_multiplier": (1, 1.0),
     "attention_multiplier": (1, 1.0),
     "residual_multiplier": (1, 1.0),
@@ -56,11 +66,12 @@ IGNORABLE_AT: dict[str, tuple[object, ...]] = {
 # Refusals that deserve a sentence of their own.
 REASONS = {
     "quantization_config": "quantised checkpoints are not read yet; use the unquantised model",
-    "sliding_window": "this family is implemented with full attention only",
+    "sliding_window": "this family is computed with full attention only",
 }
 
-ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }
 
 _REQUIRED: Any = object()
@@ -72,6 +83,7 @@ class HfConfig:
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = dict(content)
         self._taken: set[str] = set()
+        self._parts: list[HfConfig] = []
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
         """The value of an attribute; absent and null both mean the default."""
@@ -95,6 +107,13 @@ class HfConfig:
             raise ModelError(f"config.json: {name} is {value}; it must be at least 1")
         return cast(int, value)
 
+    def size_of(self, names: tuple[str, ...], default: Any = _REQUIRED) -> int:
+        """A count that has gone by several names: the first that is there; the others must agree with it."""
+        given = {name: self.size(name) for name in names if self._content.get(name) is not None}
+        if len(set(given.values())) > 1:
+            raise ModelError(f"config.json: {', '.join(f'{name} {value}' for name, value in given.items())} disagree")
+        return next(iter(given.values())) if given else self.size(names[0], default)
+
     @property
     def architecture(self) -> str:
         """The class name that says which family computes this."""
@@ -106,12 +125,12 @@ class HfConfig:
             )
         return names[0]
 
-    def activation(self) -> Literal["silu", "gelu", "gelu_tanh"]:
-        """hidden_act, in our words."""
-        name = self.take("hidden_act", str, "silu")
+    def activation(self, attribute: str = "hidden_act", default: str = "silu") -> Activation:
+        """The activation function, in our words."""
+        name = self.take(attribute, str, default)
         if name not in ACTIVATIONS:
             raise UnsupportedModelError(
-                f"config.json: hidden_act {name!r} is not implemented; implemented are {', '.join(ACTIVATIONS)}"
+                f"config.json: {attribute} {name!r} is not implemented; implemented are {', '.join(ACTIVATIONS)}"
             )
         return ACTIVATIONS[name]
 
@@ -127,24 +146,104 @@ class HfConfig:
             )
         return cast(DType, name)
 
-    def rope(self, dim: int, default_theta: float = 10000.0) -> Rope:
-        """Rotary embedding from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-        theta = self.take("rope_theta", float, default_theta)
+    def rope(
+        self, head_dim: int, *, theta: float = 10000.0, part: float | None = None,
+        pairs: Literal["halves", "neighbours"] = "halves",
+    ) -> Rope:
+        """The rotary embedding of all layers.
+
+        Args:
+          theta, part: what holds where the config says nothing. `part` of a head turns; None: the family always turns
+            whole heads, and a config that says otherwise is not it.
+        """
+        ropes = self.ropes(head_dim, ("all",), theta=theta, part=part, pairs=pairs)
+        return ropes["all"]
+
+    def ropes(
+        self, head_dim: int, kinds: tuple[str, ...], *, theta: float = 10000.0, part: float | None = None,
+        pairs: Literal["halves", "neighbours"] = "halves",
+    ) -> dict[str, Rope]:
+        """A rotary embedding for each kind of layer: its own where the config has one a kind, else the one there is."""
+        theta = self.take("rope_theta", float, theta)
+        if part is not None:
+            part = self.take("partial_rotary_factor", float, part)
         scaling = self.take("rope_scaling", dict, None)
         parameters = self.take("rope_parameters", dict, None)
         where = "rope_scaling" if parameters is None else "rope_parameters"
-        fields = dict(parameters if parameters is not None else scaling or {})
-        if any(isinstance(value, dict) for value in fields.values()):
-            raise UnsupportedModelError(f"config.json: {where} differs by layer type, which is not implemented")
-        theta = float(fields.pop("rope_theta", theta))
-        names = {fields.pop(key) for key in ("rope_type", "type") if key in fields} or {"default"}
-        kind = names.pop() if len(names) == 1 else None
-        if fields.get("partial_rotary_factor") in (1, None):
-            fields.pop("partial_rotary_factor", None)
-        rope = _rope(kind, theta, dim, fields, where)
-        for name, value in fields.items():
-            raise UnsupportedModelError(f"config.json: {where}.{name} = {value!r} is not implemented for {kind!r}")
-        return rope
+        fields = parameters if parameters is not None else scaling or {}
+        length_max = self.size("max_position_embeddings", 2048)
+        original = self.take("original_max_position_embeddings", int, None)
+        is_by_kind = any(isinstance(value, dict) for value in fields.values())
+        if is_by_kind and set(fields) != set(kinds):
+            raise UnsupportedModelError(
+                f"config.json: {where} differs by layer type ({', '.join(sorted(fields))}); expected "
+                + ("one for all layers" if kinds == ("all",) else ", ".join(kinds))
+            )
+        return {
+            kind: RopeFields(
+                fields[kind] if is_by_kind else fields, where=f"{where}.{kind}" if is_by_kind else where,
+                length_max=length_max, original_length=original,
+            ).read(head_dim, theta=theta, part=part, pairs=pairs)
+            for kind in kinds
+        }
+
+    def context_length(self, default: int = 2048) -> int:
+        """Positions the model was made for. What YaRN stretches counts stretched, whichever length the config gives."""
+        length, fields = self.size("max_position_embeddings", default), self.rope_fields()
+        for rope in fields.values() if self.is_rope_by_kind else (fields,):
+            original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+            if "yarn" in (rope.get("rope_type"), rope.get("type")) and original and factor:
+                length = max(length, int(original * factor))
+        return length
+
+    @property
+    def is_rope_by_kind(self) -> bool:
+        """Whether each kind of layer has a rope of its own."""
+        return any(isinstance(value, dict) for value in self.rope_fields().values())
+
+    def rope_fields(self) -> Mapping[str, Any]:
+        """What the config says of its rope, in either spelling."""
+        fields = self._content.get("rope_parameters") or self._content.get("rope_scaling") or {}
+        return fields if isinstance(fields, Mapping) else {}
+
+    def spans(
+        self, layer_count: int, otherwise: Callable[[int], str] = lambda _: "full_attention", *,
+        window: int | None = None,
+    ) -> list[Span]:
+        """What each layer sees, from `layer_types` and `sliding_window`.
+
+        Args:
+          otherwise: layer index -> type where the config lists none; nothing slides without a window.
+          window: what an absent `sliding_window` means (null always means none).
+        """
+        self._taken.add("sliding_window")
+        size = self._content.get("sliding_window", window)
+        kinds = self.layer_types(layer_count)
+        if kinds is None:
+            kinds = ["full_attention" if size is None else otherwise(index) for index in range(layer_count)]
+        if "sliding_attention" in kinds and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ModelError(f"config.json: sliding_window is {size!r}; layers of type 'sliding_attention' need one")
+        return [SlidingWindow(cast(int, size)) if kind == "sliding_attention" else Global() for kind in kinds]
+
+    def has_window(self, default: int | None) -> bool:
+        """Whether there is a sliding window; the default is what an absent `sliding_window` means."""
+        return self._content.get("sliding_window", default) is not None
+
+    def expect(self, name: str, value: object) -> None:
+        """An attribute that is computed at one value only, which is also what its absence means."""
+        given = self.take(name, type(value), value)
+        if given != value:
+            raise UnsupportedModelError(f"config.json: {name} is {given!r}; only {value!r} is implemented")
+
+    def part(self, name: str, *, unused: tuple[str, ...]) -> HfConfig:
+        """The config of one part of a model of several; `unused` attributes are about the others."""
+        content = self.take(name, dict)
+        self._taken.update(unused)
+        frame = {key: self._content[key] for key in ("architectures", "torch_dtype", "dtype") if key in self._content}
+        self._taken.update(frame)
+        part = HfConfig({**content, **frame})
+        self._parts.append(part)
+        return part
 
     def layer_types(self, layer_count: int) -> list[str] | None:
         """The span of each layer as transformers 5 lists it, or None where the config does not."""
@@ -160,6 +259,8 @@ class HfConfig:
 
     def finish(self) -> None:
         """Everything must have been taken, or be ignorable at its value. Call it last."""
+        for part in self._parts:
+            part.finish()
         for name, value in self._content.items():
             if name in self._taken or name in IGNORABLE or value is None:
                 continue
@@ -169,33 +270,6 @@ class HfConfig:
             raise UnsupportedModelError(
                 f"config.json: {name} = {_short(value)} is not supported by {self.architecture} here: {reason}. "
                 f"If you know that it changes nothing, pass --hf-overrides '{{\"{name}\": null}}'"
-            )
-
-
-def _rope(kind: str | None, theta: float, dim: int, fields: dict[str, Any], where: str) -> Rope:
-    """The rope that `kind` names; takes what it uses out of `fields`."""
-
-    def number(name: str) -> float:
-        value = fields.pop(name, None)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ModelError(f"config.json: {where}.{name} is {value!r}; rope type {kind!r} needs a number above 0")
-        return float(value)
-
-    match kind:
-        case "default":
-            return DefaultRope(theta=theta, dim=dim)
-        case "linear":
-            return LinearRope(theta=theta, dim=dim, factor=number("factor"))
-        case "llama3":
-            return Llama3Rope(
-                theta=theta, dim=dim, factor=number("factor"),
-                low_freq_factor=number("low_freq_factor"), high_freq_factor=number("high_freq_factor"),
-                original_context_length=int(number("original_max_position_embeddings")),
-            )
-        case _:
-            raise UnsupportedModelError(
-                f"config.json: {where} has rope type {kind!r}, which is not implemented; implemented are default, "
-                "linear and llama3"
             )
 
 

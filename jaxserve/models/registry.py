@@ -8,8 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.core.errors import UnsupportedModelError
-from jaxserve.core.model_spec import ModelSpec
-from jaxserve.models.families import llama, qwen2
+from jaxserve.core.model_spec import Attention, ModelSpec
+from jaxserve.models.families import (
+    cohere,
+    deepseek,
+    exaone4,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    mixtral,
+    older,
+    olmo,
+    phi,
+    qwen,
+    qwen_moe,
+    smollm3,
+    starcoder2,
+)
 from jaxserve.models.hf import HfConfig, read_config
 from jaxserve.models.weight_map import WeightMap
 
@@ -24,7 +41,34 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(spec=llama.spec, weights=llama.weights),
-    "Qwen2ForCausalLM": Family(spec=qwen2.spec, weights=qwen2.weights),
+    "MistralForCausalLM": Family(spec=llama.mistral, weights=llama.weights),
+    "Qwen2ForCausalLM": Family(spec=qwen.qwen2, weights=qwen.weights),
+    "Qwen3ForCausalLM": Family(spec=qwen.qwen3, weights=qwen.weights),
+    "Phi3ForCausalLM": Family(spec=phi.phi3, weights=phi.phi3_weights),
+    "SmolLM3ForCausalLM": Family(spec=smollm3.spec, weights=smollm3.weights),
+    "GraniteForCausalLM": Family(spec=granite.spec, weights=granite.weights),
+    "Olmo2ForCausalLM": Family(spec=olmo.spec, weights=olmo.weights),
+    "Olmo3ForCausalLM": Family(spec=olmo.spec, weights=olmo.weights),
+    "Glm4ForCausalLM": Family(spec=glm.glm4, weights=glm.glm4_weights),
+    "Starcoder2ForCausalLM": Family(spec=starcoder2.spec, weights=starcoder2.weights),
+    "Exaone4ForCausalLM": Family(spec=exaone4.spec, weights=exaone4.weights),
+    "GemmaForCausalLM": Family(spec=gemma.gemma, weights=gemma.weights),
+    "Gemma2ForCausalLM": Family(spec=gemma.gemma2, weights=gemma.weights),
+    "Gemma3ForCausalLM": Family(spec=gemma.gemma3, weights=gemma.weights),
+    "Gemma3ForConditionalGeneration": Family(spec=gemma.gemma3_text_part, weights=gemma.weights),
+    "Cohere2ForCausalLM": Family(spec=cohere.spec, weights=cohere.weights),
+    "MixtralForCausalLM": Family(spec=mixtral.spec, weights=mixtral.weights),
+    "Qwen2MoeForCausalLM": Family(spec=qwen_moe.qwen2, weights=qwen_moe.weights),
+    "Qwen3MoeForCausalLM": Family(spec=qwen_moe.qwen3, weights=qwen_moe.weights),
+    "OlmoeForCausalLM": Family(spec=olmo.olmoe, weights=olmo.olmoe_weights),
+    "GptOssForCausalLM": Family(spec=gpt_oss.spec, weights=gpt_oss.weights),
+    "DeepseekV2ForCausalLM": Family(spec=deepseek.v2, weights=deepseek.weights),
+    "DeepseekV3ForCausalLM": Family(spec=deepseek.v3, weights=deepseek.weights),
+    "Glm4MoeForCausalLM": Family(spec=glm.glm4_moe, weights=glm.glm4_moe_weights),
+    "GPT2LMHeadModel": Family(spec=older.gpt2, weights=older.gpt2_weights),
+    "OPTForCausalLM": Family(spec=older.opt, weights=older.opt_weights),
+    "GPTNeoXForCausalLM": Family(spec=older.gpt_neox, weights=older.gpt_neox_weights),
+    "PhiForCausalLM": Family(spec=phi.phi, weights=phi.phi_weights),
 }
 
 
@@ -40,7 +84,7 @@ def spec_from_config(content: Mapping[str, object]) -> ModelSpec:
     config.finish()
     for index, layer in enumerate(spec.layers):
         a = layer.attention
-        if a.head_count % a.kv_head_count or a.head_dim % 2:
+        if isinstance(a, Attention) and (a.head_count % a.kv_head_count or a.head_dim % 2):
             raise UnsupportedModelError(
                 f"config.json: layer {index} has {a.head_count} query heads, {a.kv_head_count} key-value heads of size "
                 f"{a.head_dim}; the first must be a multiple of the second, the size even"

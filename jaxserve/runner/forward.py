@@ -45,6 +45,7 @@ def forward(
     kv: tuple[LayerKv, ...],
     page_RM: tuple[Array, ...],
     last_token_R: Array,
+    is_long_R: Array,
     packed_W: Array,
     *,
     model: Decoder,
@@ -61,7 +62,10 @@ def forward(
         page_RM = tuple(_update(table_RM, updates) for table_RM, updates in zip(page_RM, step.updates, strict=True))
         fed_back_T = last_token_R.at[step.row_T].get(mode="clip")
         token_T = jnp.where(step.token_T == FED_BACK, fed_back_T, step.token_T)
-    context = StepContext(position_T=step.position_T, row_T=step.row_T, page_RM=page_RM, work=step.work)
+        is_long_T = None if model.spec.rope_switch is None else is_long_R.at[step.row_T].get(mode="clip")
+    context = StepContext(
+        position_T=step.position_T, row_T=step.row_T, page_RM=page_RM, work=step.work, is_long_T=is_long_T
+    )
     params = {"params": jax.tree.unflatten(tree, leaves)}
     hidden_TD, kv = model.apply(params, token_T, kv, context, method="hidden")
     sampling = Sampling(

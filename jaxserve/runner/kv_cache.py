@@ -32,7 +32,8 @@ def abstract_pool(
         page = jax.ShapeDtypeStruct(
             (sizes.page_count, group.kv_head_count, shape.page_size, group.head_dim), dtype, sharding=sharding
         )
-        layers.update({layer: LayerKv(k_PKSH=page, v_PKSH=page) for layer in group.layers})
+        kv = LayerKv(k_PKSH=page, v_PKSH=page if group.has_values else None)
+        layers.update(dict.fromkeys(group.layers, kv))
     return tuple(layers[index] for index in range(len(spec.layers)))
 
 
@@ -46,7 +47,7 @@ def clear(kv: tuple[LayerKv, ...], layers: tuple[int, ...], page_U: Array) -> tu
     """Zeroes pages of the given layers; page ids past the pool are dropped."""
     wiped = list(kv)
     for layer in layers:
-        wiped[layer] = LayerKv(*(pool.at[page_U].set(0, mode="drop") for pool in kv[layer]))
+        wiped[layer] = jax.tree.map(lambda pool: pool.at[page_U].set(0, mode="drop"), kv[layer])
     return tuple(wiped)
 
 

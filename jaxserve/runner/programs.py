@@ -64,7 +64,10 @@ class ProgramSet:
         return self._program(
             f"forward_T{tokens}",
             functools.partial(forward, model=self._model, tree=self._tree, layout=layout),
-            (self._leaves, self._kv, self._tables, self._rows.last_token_R, self._array(layout.size)),
+            (
+                self._leaves, self._kv, self._tables, self._rows.last_token_R, self._rows.settings.is_long_R,
+                self._array(layout.size),
+            ),
             results, donated=(1, 2), closes_over=layout,
         )
 

@@ -35,6 +35,7 @@ class RowSettings:
       prompt_length_R: positions from here on are output.  min_tokens_R: no stop id before that many.
       stop_id_RX: ids masked until then, NO_STOP fills.
       slot_R: shaping slot, -1 for none.  has_logprobs_R: the row wants logprobs.
+      is_long_R: the sequence is past the length at which its keys turn another way.
     """
 
     temperature_R: Array
@@ -52,6 +53,7 @@ class RowSettings:
     stop_id_RX: Array
     slot_R: Array
     has_logprobs_R: Array
+    is_long_R: Array
 
 
 @flax.struct.dataclass
@@ -103,7 +105,7 @@ def empty_rows(*, row_count: int, slot_count: int, vocab_size: int) -> RowState:
 
 
 def pack_admission(
-    admissions: Sequence[RowAdmission], row_count: int, capacity: int
+    admissions: Sequence[RowAdmission], row_count: int, capacity: int, rope_switch: int | None = None
 ) -> dict[str, NDArray[np.generic]]:
     """Arrays for `admit`, padded to `capacity` rows with row R."""
     if len(admissions) > capacity:
@@ -132,6 +134,7 @@ def pack_admission(
             "min_tokens_R": params.min_tokens,
             "slot_R": admission.slot,
             "has_logprobs_R": params.logprobs is not None,
+            "is_long_R": rope_switch is not None and len(admission.token_ids) > rope_switch,
             "last_token_R": admission.token_ids[-1],
         }
         for name, value in values.items():
@@ -232,6 +235,7 @@ def _blank_settings(count: int) -> dict[str, NDArray[np.generic]]:
         "min_tokens_R": (0, np.int32),
         "slot_R": (-1, np.int32),
         "has_logprobs_R": (False, np.bool_),
+        "is_long_R": (False, np.bool_),
     }
     blank: dict[str, NDArray[np.generic]] = {
         name: np.full(count, value, dtype) for name, (value, dtype) in filled.items()

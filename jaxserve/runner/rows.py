@@ -45,7 +45,7 @@ def pack(admissions: Sequence[RowAdmission], shape: RunnerShape) -> Admission:
         for page_AM, pages in zip(tables, admission.pages, strict=True):
             # A page that has slid out of a window is -1 on the host; no position looks there, but an index must be one.
             page_AM[entry, : len(pages)] = np.maximum(pages, 0)
-    state = row_state.pack_admission(admissions, shape.row_count, ADMIT_ROWS)
+    state = row_state.pack_admission(admissions, shape.row_count, ADMIT_ROWS, shape.rope_switch)
     return Admission(state=state, page_AM=tables)
 
 

@@ -200,7 +200,7 @@ class Runner:
         state = self._live()
         # A numpy argument is transferred by the call itself, in a third of the time that device_put takes.
         forward = self._builder.forward[tokens](
-            self._leaves, state.kv, state.page_RM, state.rows.last_token_R, packed
+            self._leaves, state.kv, state.page_RM, state.rows.last_token_R, state.rows.settings.is_long_R, packed
         )
         state.kv, state.page_RM = forward.kv, forward.page_RM
         return forward

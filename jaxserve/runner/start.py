@@ -125,6 +125,7 @@ def _setup(
         length_max=0,
         slot_count=min(row_count, SHAPING_SLOTS_MAX),
         vocab_size=spec.vocab_size,
+        rope_switch=spec.rope_switch,
         alternatives_max=spec.vocab_size if alternatives == -1 else min(alternatives, spec.vocab_size),
     )
     length = config.model.max_model_len or spec.context_length

@@ -13,7 +13,10 @@ LOGICAL_AXES: dict[str, str | None] = {
     "vocab": MODEL,      # rows of the embedding and of the head
     "heads": MODEL,      # rows of fused q, k, v; columns of the attention's output projection
     "mlp": MODEL,        # rows of fused gate and up; columns of down
+    "experts": None,     # whole experts are not shared out yet; their widths are
+    "latent": None,      # compressed keys, values and queries of latent attention
     "width": None,       # the residual stream is whole on every device
+    "position": None,    # learned positions
 }
 
 

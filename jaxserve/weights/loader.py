@@ -70,35 +70,39 @@ def place(
 
 
 def read_slice(assembly: Assembly, index: Index, advance: Advance) -> HostArray:
-    """One device's slice of a parameter, gathered from the parts whose rows it covers.
+    """One device's slice of a parameter, gathered from the blocks that it meets.
 
     Rows of the parameter:   [0 ······ q ······)[ k )[ v )
     The slice:                         [start ······· stop)
     """
-    shape, dtype = assembly.abstract.shape, assembly.abstract.dtype
-    rows, *columns = (range(*part.indices(size)) for part, size in zip(index, shape, strict=True))
-    out = aligned_empty((len(rows), *(len(column) for column in columns)), dtype)
-    begin = 0
-    for part in assembly.parts:
-        start, stop = max(rows.start, begin), min(rows.stop, begin + part.shape[0])
-        if start < stop:
-            source = part.data[(slice(start - begin, stop - begin), *index[1:])]
-            _copy(source, out[start - rows.start : stop - rows.start], part, advance)
-        begin += part.shape[0]
+    wanted = [range(*part.indices(size)) for part, size in zip(index, assembly.abstract.shape, strict=True)]
+    out = aligned_empty(tuple(len(axis) for axis in wanted), assembly.abstract.dtype)
+    for block in assembly.blocks:
+        box = [range(at, at + size) for at, size in zip(block.at, block.shape, strict=True)]
+        both = [range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(wanted, box, strict=True)]
+        if all(both):
+            _copy(block.read()[_within(both, box)], out[_within(both, wanted)], block.tensor, advance)
     return out
 
 
-def _copy(source: HostArray, out: HostArray, part: StoredTensor, advance: Advance) -> None:
-    """Copies, converts and checks, a chunk of rows at a time."""
+def _within(both: list[range], outer: list[range]) -> Index:
+    """Indices of a box, counted from where `outer` begins."""
+    return tuple(slice(b.start - o.start, b.stop - o.start) for b, o in zip(both, outer, strict=True))
+
+
+def _copy(source: HostArray, out: HostArray, tensor: StoredTensor, advance: Advance) -> None:
+    """Copies, converts and checks, a chunk of rows at a time; boxes of one expert or head are their rows."""
+    while out.ndim > 1 and len(out) == 1:
+        source, out = source[0], out[0]
     step = max(1, CHUNK_BYTES * len(out) // max(1, out.nbytes))
     with np.errstate(over="ignore", invalid="ignore"):
         for row in range(0, len(out), step):
             chunk = out[row : row + step]
             chunk[...] = source[row : row + step]
             if not is_finite(chunk):
-                stored = part.data.dtype.name
+                stored = tensor.data.dtype.name
                 why = "" if stored == out.dtype.name else f" in {out.dtype.name} (it is stored as {stored})"
-                raise WeightsError(f"tensor {part.name!r} of {part.file} holds infinities or NaN{why}")
+                raise WeightsError(f"tensor {tensor.name!r} of {tensor.file} holds infinities or NaN{why}")
             advance(chunk.nbytes)
 
 

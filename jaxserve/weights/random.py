@@ -38,6 +38,8 @@ def _read(pool: HostArray, path: str, leaf: jax.ShapeDtypeStruct, index: Index) 
     if leaf.ndim == 1:
         out[...] = 1 if path.endswith("norm/weight") else 0
         return out
+    if leaf.ndim > 2:
+        return _read_stack(pool, path, leaf, index, out)
     width, (column,) = leaf.shape[1], columns
     start = zlib.crc32(path.encode()) + rows.start * width
     if len(column) == width:
@@ -45,6 +47,14 @@ def _read(pool: HostArray, path: str, leaf: jax.ShapeDtypeStruct, index: Index) 
     else:
         for row, values in enumerate(out):
             _fill(pool, values, start + row * width + column.start)
+    return out
+
+
+def _read_stack(pool: HostArray, path: str, leaf: jax.ShapeDtypeStruct, index: Index, out: HostArray) -> HostArray:
+    """A slice of a stack: each member is a parameter of its own name."""
+    member = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    for place_, number in enumerate(range(*index[0].indices(leaf.shape[0]))):
+        out[place_] = _read(pool, f"{path}/{number}", member, index[1:])
     return out
 
 

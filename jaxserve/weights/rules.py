@@ -8,28 +8,53 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxserve.core.errors import WeightsError
-from jaxserve.models.weight_map import WeightMap
+from jaxserve.models.weight_map import Section, Stacked, View, WeightMap
 from jaxserve.weights.safetensors import StoredTensor
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NAMED_MAX = 8       # names listed of each kind of problem
-PREFIX = "model."
+PREFIXES = ("model.language_model.", "language_model.model.", "language_model.")    # of the text part of a larger model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A box of a parameter, `at` and `shape`, that (a view of) one tensor fills."""
+
+    tensor: StoredTensor
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    view: View | None
+
+    def read(self) -> Any:
+        """The stored values, in the box's shape."""
+        data = self.tensor.data if self.view is None else self.view(self.tensor.data)
+        return data.reshape(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """One parameter: checkpoint tensors stacked along the first axis."""
+    """One parameter: blocks that fill it without gap or overlap."""
 
     path: str
     abstract: jax.ShapeDtypeStruct
-    parts: tuple[StoredTensor, ...]
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where a section goes."""
+
+    section: Section
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 def parameter_path(path: tuple[Any, ...]) -> str:
@@ -38,54 +63,91 @@ def parameter_path(path: tuple[Any, ...]) -> str:
 
 
 def match(abstract: Any, weight_map: WeightMap, stored: Mapping[str, StoredTensor]) -> list[Assembly]:
-    """The tensors of every parameter, in the tree's order."""
-    left = _without_prefix(stored)
-    names = list(left)
-    missing: list[str] = []
-    wrong: list[str] = []
+    """The blocks of every parameter, in the tree's order."""
+    there = _without_prefix(stored, weight_map.prefixes)
+    left = dict(there)
+    missing: dict[str, None] = {}
+    wrong: dict[str, None] = {}
     assemblies: list[Assembly] = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         path = parameter_path(key_path)
-        parts: list[StoredTensor] = []
-        for section in weight_map.sources[path]:
-            shape = leaf.shape if section.rows is None else (section.rows, *leaf.shape[1:])
-            tensor = left.pop(section.name, None)
+        blocks: list[Block] = []
+        for place in _places(weight_map.sources[path], leaf.shape, path):
+            name = place.section.name
+            left.pop(name, None)
+            tensor = there.get(name)
             if tensor is None:
-                missing.append(section.name + _hint(section.name, names))
-            elif tensor.shape != shape:
-                wrong.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)}")
-            elif tensor.data.dtype.name not in FLOATS:
-                wrong.append(f"{tensor.name} is {tensor.data.dtype.name}: quantised weights are not read yet")
+                missing[name + _hint(name, there)] = None
+            elif (problem := _problem(tensor, place)) is not None:
+                wrong[problem] = None
             else:
-                parts.append(tensor)
-        assert sum(section.rows or leaf.shape[0] for section in weight_map.sources[path]) == leaf.shape[0], path
-        assemblies.append(Assembly(path=path, abstract=leaf, parts=tuple(parts)))
+                blocks.append(Block(tensor=tensor, at=place.at, shape=place.shape, view=place.section.view))
+        assemblies.append(Assembly(path=path, abstract=leaf, blocks=tuple(blocks)))
     extra = [
         tensor.name for name, tensor in left.items()
         if not any(re.fullmatch(pattern, name) for pattern in weight_map.ignorable)
     ]
     problems = [
         f"{len(found)} {kind}: {', '.join(found[:NAMED_MAX])}{', …' if len(found) > NAMED_MAX else ''}"
-        for kind, found in (("missing", missing), ("mis-shaped", wrong), ("not part of the model", extra)) if found
+        for kind, found in (
+            ("missing", list(missing)), ("mis-shaped", list(wrong)), ("not part of the model", extra)
+        ) if found
     ]
     if problems:
         raise WeightsError("the checkpoint does not fit its config.json; tensors " + "; tensors ".join(problems))
     return assemblies
 
 
-def _without_prefix(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Names without "model.", which the bare model's checkpoints lack."""
+def _places(source: tuple[Section, ...] | Stacked, shape: tuple[int, ...], path: str) -> Iterator[_Place]:
+    """Boxes of a parameter, in order; they must fill it."""
+    parts = source.parts if isinstance(source, Stacked) else (source,)
+    inner = shape[1:] if isinstance(source, Stacked) else shape
+    assert not isinstance(source, Stacked) or len(parts) == shape[0], path
+    for index, sections in enumerate(parts):
+        begin = 0
+        for section in sections:
+            rows = inner[0] if section.rows is None else section.rows
+            box, at = (rows, *inner[1:]), (begin, *(0 for _ in inner[1:]))
+            if isinstance(source, Stacked):
+                box, at = (1, *box), (index, *at)
+            yield _Place(section=section, at=at, shape=box)
+            begin += rows
+        assert begin == inner[0], path
+
+
+def _problem(tensor: StoredTensor, place: _Place) -> str | None:
+    """Why a tensor cannot fill its place."""
+    if tensor.data.dtype.name not in FLOATS:
+        return f"{tensor.name} is {tensor.data.dtype.name}: quantised weights of this kind are not read"
+    view = place.section.view
+    wanted = place.shape[len(place.shape) - len(tensor.shape) :] if view is None else place.shape
+    try:
+        # A stand-in of the same shape that takes no memory: views look at shapes only.
+        seen = (np.broadcast_to(np.int8(0), tensor.shape) if view is None else view(
+            np.broadcast_to(np.int8(0), tensor.shape)
+        )).shape
+    except (IndexError, ValueError) as error:
+        return f"{tensor.name} is {list(tensor.shape)}, which cannot be looked at as its parameter wants: {error}"
+    if seen in (wanted, place.shape) or (1, *seen) == place.shape:
+        return None
+    expected = f"expected {list(wanted)}" if view is None else f"it gives {list(seen)}, expected {list(wanted)}"
+    return f"{tensor.name} is {list(tensor.shape)}, {expected}"
+
+
+def _without_prefix(stored: Mapping[str, StoredTensor], prefixes: tuple[str, ...]) -> dict[str, StoredTensor]:
+    """Names without the prefix that says which part of a model, or which wrapper, they belong to."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        short = name.removeprefix(PREFIX)
+        prefix = max((p for p in (*prefixes, *PREFIXES) if name.startswith(p)), key=len, default="")
+        short = name[len(prefix) :]
         if short in found:
             raise WeightsError(f"the checkpoint has both {found[short].name!r} and {name!r}, which name one tensor")
         found[short] = tensor
     return found
 
 
-def _hint(name: str, names: list[str]) -> str:
+def _hint(name: str, there: Mapping[str, StoredTensor]) -> str:
     if name == "lm_head.weight":
         return " (if the head shares the embedding's weights, config.json must say tie_word_embeddings: true)"
-    near = difflib.get_close_matches(name, names, 1, cutoff=0.9) if len(names) < 5000 else []
+    near = difflib.get_close_matches(name, there, 1, cutoff=0.9) if len(there) < 5000 else []
     return f" (the nearest is {near[0]})" if near and near[0] != name else ""

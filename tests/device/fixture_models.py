@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.model_spec import ModelSpec, SlidingWindow, Span
 from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder
 from jaxserve.weights.safetensors import read_file
@@ -57,17 +57,22 @@ def tiny_logits(name: str) -> list[np.ndarray]:
 
 
 def attend_densely(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, layer_kv: Any, context: Any, group: int, *,
-    scale: float, window: int | None,
+    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, layer_kv: Any, context: Any, group: int, *,
+    scale: float, span: Span, soft_cap: float | None, sink_N: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     """The oracle of attention: one whole sequence, no cache, every score written out."""
     T, N, _ = q_TNH.shape
+    v_TKH = k_TKH if v_TKH is None else v_TKH
     k_TNH, v_TNH = (jnp.repeat(x, N // k_TKH.shape[1], axis=1).astype(jnp.float32) for x in (k_TKH, v_TKH))
     score_NTC = jnp.einsum("TNH,CNH->NTC", q_TNH.astype(jnp.float32), k_TNH) * scale
+    if soft_cap is not None:
+        score_NTC = soft_cap * jnp.tanh(score_NTC / soft_cap)
     distance_TC = context.position_T[:, None] - context.position_T[None, :]
-    is_seen_TC = (distance_TC >= 0) & (distance_TC < (window or T))
-    weight_NTC = jax.nn.softmax(jnp.where(is_seen_TC, score_NTC, -jnp.inf), axis=-1)
-    return jnp.einsum("NTC,CNH->TNH", weight_NTC, v_TNH), layer_kv
+    window = span.size if isinstance(span, SlidingWindow) else T
+    score_NTC = jnp.where((distance_TC >= 0) & (distance_TC < window), score_NTC, -jnp.inf)
+    sink_N = jnp.full(N, -jnp.inf) if sink_N is None else sink_N.astype(jnp.float32)
+    total_NT1 = jnp.exp(score_NTC).sum(-1, keepdims=True) + jnp.exp(sink_N)[:, None, None]
+    return jnp.einsum("NTC,CNH->TNH", jnp.exp(score_NTC) / total_NT1, v_TNH), layer_kv
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "dtype"))

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxserve.core.model_spec import RmsNorm
 from jaxserve.models.registry import read_spec
 from jaxserve.weights.safetensors import read_folder
 
@@ -115,7 +116,8 @@ def test_folder_is_made_once_and_loads(
         expected = plain[f"blk.0.{theirs}.weight"].astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(stored[f"model.layers.0.{ours}.weight"], expected)
     spec = read_spec(folder)
-    assert spec.norm_epsilon == 1e-5 and spec.is_tied and spec.dtype == "bfloat16" and spec.context_length == 128
+    assert spec.final_norm == RmsNorm(epsilon=1e-5)
+    assert spec.is_tied and spec.dtype == "bfloat16" and spec.context_length == 128
     written = (folder / "config.json").stat().st_mtime_ns
     script.main()
     assert (folder / "config.json").stat().st_mtime_ns == written, "a second run changes nothing"

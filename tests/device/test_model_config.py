@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxserve.core.errors import ModelError, UnsupportedModelError
-from jaxserve.core.model_spec import DefaultRope, Global, LinearRope, Llama3Rope, SlidingWindow
+from jaxserve.core.model_spec import Global, RmsNorm, SlidingWindow
+from jaxserve.core.rope import Linear, Llama3, Rope
 from jaxserve.layers.rope import frequencies
 from jaxserve.models.hf import read_config
 from jaxserve.models.precision import compute_dtype
@@ -23,6 +24,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 100,
     "tie_word_embeddings": False, "torch_dtype": "bfloat16",
 }
+LLAMA3 = Llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192)
 QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
@@ -39,8 +41,8 @@ def test_spec_of_a_plain_llama() -> None:
     layer = spec.layers[0]
     assert spec.layers == (layer, layer) and hash(spec) == hash(spec_from_config(LLAMA))
     assert (spec.width, spec.vocab_size, spec.context_length, spec.dtype) == (64, 100, 128, "bfloat16")
-    assert layer.attention.rope == DefaultRope(theta=500000.0, dim=16)
-    assert layer.attention.scale == 0.25 and layer.norm_epsilon == 1e-5
+    assert layer.attention.rope == Rope(theta=500000.0, dim=16)
+    assert layer.attention.scale == 0.25 and layer.norm == RmsNorm(epsilon=1e-5)
     assert not (layer.attention.has_qkv_bias or layer.attention.has_out_bias or layer.mlp.has_bias or spec.is_tied)
 
 
@@ -57,15 +59,13 @@ def test_ropes() -> None:
     scaling = {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192
     }
-    expected = Llama3Rope(
-        theta=5e5, dim=16, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
-    )
+    expected = Rope(theta=5e5, dim=16, scaling=LLAMA3)
     assert rope(rope_scaling={"rope_type": "llama3", **scaling}) == expected
     assert rope(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling}) == expected
-    assert rope(rope_scaling={"type": "linear", "factor": 2}) == LinearRope(theta=5e5, dim=16, factor=2.0)
-    assert rope(rope_scaling={"type": "default", "rope_type": "default"}) == DefaultRope(theta=5e5, dim=16)
+    assert rope(rope_scaling={"type": "linear", "factor": 2}) == Rope(theta=5e5, dim=16, scaling=Linear(factor=2.0))
+    assert rope(rope_scaling={"type": "default", "rope_type": "default"}) == Rope(theta=5e5, dim=16)
     for bad, named in (
-        ({"rope_type": "yarn", "factor": 4.0}, "yarn"),
+        ({"rope_type": "proportional", "factor": 4.0}, "proportional"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast"),
         ({"rope_type": "linear", "type": "llama3", "factor": 2.0}, "rope type None"),
         ({"full_attention": {"rope_type": "default"}}, "layer type"),
@@ -74,13 +74,13 @@ def test_ropes() -> None:
             rope(rope_scaling=bad)
     with pytest.raises(ModelError, match=r"rope_scaling\.factor is None"):
         rope(rope_scaling={"rope_type": "linear"})
+    with pytest.raises(ModelError, match=r"rope_scaling\.original_max_position_embeddings is None"):
+        rope(rope_scaling={"rope_type": "yarn", "factor": 4.0})
 
 
 def test_llama3_frequencies_against_the_definition_by_cases() -> None:
-    rope = Llama3Rope(
-        theta=5e5, dim=128, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_length=8192
-    )
-    plain = frequencies(DefaultRope(theta=5e5, dim=128))
+    rope = Rope(theta=5e5, dim=128, scaling=LLAMA3)
+    plain = frequencies(Rope(theta=5e5, dim=128))
     for found, frequency in zip(frequencies(rope), plain, strict=True):
         wavelength = 2 * np.pi / frequency
         if wavelength < 8192 / 4:
@@ -119,10 +119,10 @@ def test_qwen2_windows() -> None:
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints"),
-        ({"hidden_act": "relu2"}, "relu2"),
+        ({"hidden_act": "xielu"}, "xielu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"sliding_window": 4096}, "full attention only"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "Llama does not compute"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"head_dim": 15}, "even"),
@@ -167,7 +167,8 @@ def test_overrides_come_first(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "softcap": 1, "rope_scaling": {"type": "yarn"}}))
     scaling = {"type": "linear", "factor": 3.0}
     spec = read_spec(tmp_path, {"softcap": None, "num_hidden_layers": 1, "rope_scaling": scaling})
-    assert len(spec.layers) == 1 and spec.layers[0].attention.rope == LinearRope(theta=5e5, dim=16, factor=3.0)
+    expected = Rope(theta=5e5, dim=16, scaling=Linear(factor=3.0))
+    assert len(spec.layers) == 1 and spec.layers[0].attention.rope == expected
     assert read_config(tmp_path, {"rope_scaling": {"factor": 2}})["rope_scaling"] == {"type": "yarn", "factor": 2}
 
 

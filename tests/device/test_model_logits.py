@@ -59,15 +59,15 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
 
 def test_fixtures_cover_what_the_families_promise() -> None:
     specs = {name: loaded(name)[0] for name in TINY_NAMES}
-    ropes = {type(spec.layers[0].attention.rope).__name__ for spec in specs.values()}
-    assert ropes == {"DefaultRope", "LinearRope", "Llama3Rope"}
+    ropes = {type(spec.layers[0].attention.rope.scaling).__name__ for spec in specs.values()}
+    assert ropes == {"Unscaled", "Linear", "Llama3"}
     assert {spec.is_tied for spec in specs.values()} == {True, False}
     assert {spec.family for spec in specs.values()} == {"LlamaForCausalLM", "Qwen2ForCausalLM"}
     assert [len(group.layers) for group in specs["tiny-qwen2-window"].kv_groups] == [1, 2]
     assert specs["tiny-qwen2-window"].layers[1].attention.span == SlidingWindow(8)
     assert specs["tiny-llama3"].layers[0].attention.head_dim * 4 != specs["tiny-llama3"].width
     longest = max(len(case.prompt_token_ids) for case in tiny_cases("tiny-llama3"))
-    assert longest > specs["tiny-llama3"].layers[0].attention.rope.original_context_length
+    assert longest > specs["tiny-llama3"].layers[0].attention.rope.scaling.original_context_length
 
 
 def test_bfloat16_stays_near_float32() -> None:

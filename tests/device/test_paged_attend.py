@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.core.model_spec import Global, SlidingWindow
 from jaxserve.layers.context import LayerKv, StepContext
 from jaxserve.layers.paged import attend
 from kernels_pallas.storage import storage_dtype
@@ -18,16 +19,16 @@ N, K, H, S, R, M = 4, 2, 16, 16, 6, 8
 P = R * M
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window"), donate_argnames="kv")
-def run(q, k, v, kv, context, *, scale, window):
-    return attend(q, k, v, kv, context, 0, scale=scale, window=window)
+@functools.partial(jax.jit, static_argnames=("scale", "span"), donate_argnames="kv")
+def run(q, k, v, kv, context, *, scale, span):
+    return attend(q, k, v, kv, context, 0, scale=scale, span=span)
 
 
 class Pool:
     """Pages of one layer; every row has its own, in shuffled order."""
 
     def __init__(self, dtype, window=None):
-        self.dtype, self.window = dtype, window
+        self.dtype, self.span = dtype, SlidingWindow(window) if window else Global()
         pages = jnp.full((P, K, S, H), jnp.nan, dtype)       # what nobody wrote must not matter
         pages = pages if storage_dtype(dtype) == dtype else jax.lax.bitcast_convert_type(pages, storage_dtype(dtype))
         self.kv = LayerKv(k_PKSH=pages, v_PKSH=pages + 0)
@@ -53,7 +54,7 @@ class Pool:
             position_T=jnp.asarray(position_T), row_T=jnp.asarray(row_T), page_RM=(self.page_RM,),
             work=AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()}),
         )
-        out, self.kv = run(*packed, self.kv, context, scale=H**-0.5, window=self.window)
+        out, self.kv = run(*packed, self.kv, context, scale=H**-0.5, span=self.span)
         out = np.asarray(out.astype(jnp.float32))
         assert (out[total:] == 0).all()
         return np.split(out[:total], np.cumsum(count)[:-1])
@@ -123,7 +124,7 @@ def test_the_whole_layer_writes_its_pages_in_place(dtype):
         work=AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()}),
     )
     q, k = (jax.ShapeDtypeStruct((tokens, heads, H), dtype) for heads in (N, K))
-    memory = run.lower(q, k, k, kv, context, scale=1.0, window=None).compile().memory_analysis()
+    memory = run.lower(q, k, k, kv, context, scale=1.0, span=Global()).compile().memory_analysis()
     pool_bytes = 2 * big * K * S * H * jnp.dtype(storage_dtype(dtype)).itemsize
     assert memory.alias_size_in_bytes == pool_bytes
     assert memory.temp_size_in_bytes < pool_bytes / 4

@@ -23,7 +23,7 @@ from jaxserve.models.registry import read_spec
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.loader import aligned_empty, is_finite, load_params, read_slice
 from jaxserve.weights.random import random_params
-from jaxserve.weights.rules import Assembly
+from jaxserve.weights.rules import Assembly, Block
 from jaxserve.weights.safetensors import StoredTensor, read_file, read_folder, write_file
 from tests.device.fixture_models import FIXTURES, TINY_NAMES
 
@@ -154,9 +154,14 @@ def test_is_finite() -> None:
 def test_a_slice_takes_rows_from_the_parts_it_covers() -> None:
     """What a device of a larger mesh owns: rows that begin in one part and end in another, and columns."""
     whole = np.arange(10 * 6, dtype=np.float32).reshape(10, 6)
-    cuts = [whole[:4], whole[4:5], whole[5:]]
-    parts = tuple(StoredTensor(name=str(i), file="f", data=data) for i, data in enumerate(cuts))
-    assembly = Assembly(path="p", abstract=jax.ShapeDtypeStruct((10, 6), jnp.float32), parts=parts)
+    blocks = tuple(
+        Block(
+            tensor=StoredTensor(name=str(start), file="f", data=whole[start:stop].T), at=(start, 0),
+            shape=(stop - start, 6), view=np.transpose,
+        )
+        for start, stop in ((0, 4), (4, 5), (5, 10))
+    )
+    assembly = Assembly(path="p", abstract=jax.ShapeDtypeStruct((10, 6), jnp.float32), blocks=blocks)
     for start in range(10):
         for stop in range(start + 1, 11):
             index = (slice(start, stop), slice(1, 4))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.core.config import CacheConfig, CompilationConfig, EngineConfig, ModelConfig, SchedulerConfig
-from jaxserve.core.model_spec import Attention, DefaultRope, DenseMlp, Global, LayerSpec, ModelSpec, SlidingWindow
+from jaxserve.core.model_spec import Attention, GatedMlp, Global, LayerSpec, ModelSpec, RmsNorm, SlidingWindow
 from jaxserve.core.progress import NoProgress
+from jaxserve.core.rope import Rope
 from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.runner.buckets import Buckets
@@ -22,6 +23,7 @@ from jaxserve.runner.runner import Runner
 from jaxserve.runner.setup import RunnerSetup
 from jaxserve.runner.start import plan_memory
 from jaxserve.sharding.mesh import make_mesh
+from tests.device.fixture_models import attend_densely
 
 VOCAB = 97
 PAGE_SIZE = 4
@@ -31,14 +33,15 @@ def tiny_spec(*, window: int | None = None, is_tied: bool = False) -> ModelSpec:
     """Two layers; with a window the second one slides, which makes two KV groups."""
     def layer(span: Global | SlidingWindow) -> LayerSpec:
         attention = Attention(
-            head_count=4, kv_head_count=2, head_dim=16, rope=DefaultRope(theta=10_000.0, dim=16), span=span, scale=0.25
+            head_count=4, kv_head_count=2, head_dim=16, rope=Rope(theta=10_000.0, dim=16), span=span, scale=0.25
         )
-        return LayerSpec(attention=attention, mlp=DenseMlp(width=64), norm_epsilon=1e-5)
+        norm = RmsNorm(epsilon=1e-5)
+        return LayerSpec(attention=attention, mlp=GatedMlp(width=64), norm=norm, mlp_norm=norm)
 
     return ModelSpec(
         family="LlamaForCausalLM", width=32, vocab_size=VOCAB,
         layers=(layer(Global()), layer(SlidingWindow(window) if window else Global())),
-        norm_epsilon=1e-5, is_tied=is_tied, context_length=64, dtype="float32",
+        final_norm=RmsNorm(epsilon=1e-5), is_tied=is_tied, context_length=64, dtype="float32",
     )
 
 
@@ -84,24 +87,9 @@ def tiny_runner(spec: ModelSpec, params: Any, config: EngineConfig, buckets: Buc
     return runner
 
 
-def _attend_densely(
-    q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, layer_kv: Any, context: Any, group: int, *,
-    scale: float, window: int | None,
-) -> tuple[jax.Array, Any]:
-    """One whole sequence, no cache."""
-    T, N, _ = q_TNH.shape
-    repeat = N // k_TKH.shape[1]
-    k_TNH, v_TNH = (jnp.repeat(x, repeat, axis=1) for x in (k_TKH, v_TKH))
-    score_NTC = jnp.einsum("TNH,CNH->NTC", q_TNH, k_TNH) * scale
-    distance_TC = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    is_seen_TC = (distance_TC >= 0) & (distance_TC < (window or T))
-    weight_NTC = jax.nn.softmax(jnp.where(is_seen_TC, score_NTC, -jnp.inf), axis=-1)
-    return jnp.einsum("NTC,CNH->TNH", weight_NTC, v_TNH), layer_kv
-
-
 @functools.partial(jax.jit, static_argnames="spec")
 def _dense_logits(spec: ModelSpec, params: Any, token_T: jax.Array) -> jax.Array:
-    model = Decoder(spec=spec, dtype=jnp.float32, attend=_attend_densely)
+    model = Decoder(spec=spec, dtype=jnp.float32, attend=attend_densely)
     context = StepContext(
         position_T=jnp.arange(token_T.shape[0]), row_T=jnp.zeros_like(token_T), page_RM=(), work=None
     )

@@ -1,0 +1,120 @@
+"""A mixture of experts: the router's choice, the experts' products, and the way back.
+
+Every assignment of a token to an expert is a row; rows are sorted by expert, multiplied group by group, and gathered
+back. No capacity, nothing is dropped: what a token gets depends on that token only.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from jaxserve.core.model_spec import ClampedSwiglu, Experts, MoeMlp, Router
+from jaxserve.layers.linear import Linear, matmul
+from jaxserve.layers.mlp import ACTIVATIONS, DenseMlp
+from kernels_pallas.grouped_matmul import grouped_matmul
+
+
+class MixtureOfExperts(nn.Module):
+    """Rows of `experts_gate_up` [E, 2F, D] are gate, then up."""
+
+    spec: MoeMlp
+    width: int
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        spec, dtype, E = self.spec, self.dtype, self.spec.experts.count
+        F, D = spec.experts.width, self.width
+        self.router_ED = self._param("router", (E, D), (None, "width"))
+        self.gate_up_EOD = self._param("experts_gate_up", (E, 2 * F, D), ("experts", "mlp", "width"))
+        self.down_EDF = self._param("experts_down", (E, D, F), ("experts", "width", "mlp"))
+        if spec.router.has_bias:
+            self.router_bias_E = self._param("router_bias", (E,), (None,))
+        if spec.router.has_correction:
+            # Scores differ in the third digit: a bfloat16 correction would change who is chosen.
+            self.correction_E = self._param("router_correction", (E,), (None,), jnp.float32)
+        if spec.experts.has_bias:
+            self.gate_up_bias_EO = self._param("experts_gate_up_bias", (E, 2 * F), ("experts", "mlp"))
+            self.down_bias_ED = self._param("experts_down_bias", (E, D), ("experts", "width"))
+        if spec.shared is not None:
+            self.shared = DenseMlp(spec.shared, D, dtype)
+            if spec.has_shared_gate:
+                self.shared_gate = Linear(D, 1, (None, "width"), dtype)
+
+    def __call__(self, x_TD: Array) -> Array:
+        spec = self.spec
+        with jax.named_scope("moe.router"):
+            logits_TE = matmul(x_TD, self.router_ED)
+            if spec.router.has_bias:
+                logits_TE = logits_TE + self.router_bias_E.astype(jnp.float32)
+            correction_E = self.correction_E if spec.router.has_correction else None
+            expert_TX, weight_TX = route(logits_TE, spec.router, spec.chosen, correction_E)
+        with jax.named_scope("moe.experts"):
+            out_TD = self._experts(x_TD, expert_TX, weight_TX)
+        if spec.shared is not None:
+            with jax.named_scope("moe.shared"):
+                shared_TD = self.shared(x_TD).astype(jnp.float32)
+                if spec.has_shared_gate:
+                    shared_TD = shared_TD * jax.nn.sigmoid(self.shared_gate(x_TD).astype(jnp.float32))
+                out_TD = out_TD + shared_TD
+        return out_TD.astype(self.dtype)
+
+    def _experts(self, x_TD: Array, expert_TX: Array, weight_TX: Array) -> Array:
+        """Float32 sums over the chosen experts."""
+        spec, (T, X) = self.spec.experts, expert_TX.shape
+        expert_A = expert_TX.reshape(T * X)
+        order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+        count_E = jnp.zeros(spec.count, jnp.int32).at[expert_A].add(1)
+        sorted_A = expert_A[order_A]
+        gate_up_AO = grouped_matmul(x_TD[order_A // X], self.gate_up_EOD, count_E, implementation="xla")
+        if spec.has_bias:
+            gate_up_AO = gate_up_AO + self.gate_up_bias_EO[sorted_A].astype(jnp.float32)
+        hidden_AF = gated(gate_up_AO, spec).astype(self.dtype)
+        out_AD = grouped_matmul(hidden_AF, self.down_EDF, count_E, implementation="xla")
+        if spec.has_bias:
+            out_AD = out_AD + self.down_bias_ED[sorted_A].astype(jnp.float32)
+        place_A = jnp.zeros(T * X, jnp.int32).at[order_A].set(jnp.arange(T * X, dtype=jnp.int32))
+        out_TXD = out_AD[place_A].reshape(T, X, -1)
+        return jnp.sum(out_TXD * weight_TX[:, :, None], axis=1)
+
+    def _param(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike | None = None
+    ) -> Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+        return self.param(name, init, shape, dtype or self.dtype)
+
+
+def gated(gate_up_AO: Array, spec: Experts) -> Array:
+    """What an expert makes of its fused gate and up."""
+    gate_AF, up_AF = jnp.split(gate_up_AO, 2, axis=-1)
+    act = spec.activation
+    if not isinstance(act, ClampedSwiglu):
+        return ACTIVATIONS[act](gate_AF) * up_AF
+    gate_AF, up_AF = jnp.minimum(gate_AF, act.limit), jnp.clip(up_AF, -act.limit, act.limit)
+    return gate_AF * jax.nn.sigmoid(act.alpha * gate_AF) * (up_AF + 1)
+
+
+def route(logits_TE: Array, router: Router, chosen: int, correction_E: Array | None) -> tuple[Array, Array]:
+    """Experts [T, X] int32 of each token, best first, and their weights [T, X] float32."""
+    score_TE = jax.nn.softmax(logits_TE, -1) if router.score == "softmax" else jax.nn.sigmoid(logits_TE)
+    choice_TE = score_TE if correction_E is None else score_TE + correction_E
+    if router.group_count > 1:
+        choice_TE = jnp.where(_is_in_best_groups(choice_TE, router), choice_TE, -jnp.inf)
+    _, expert_TX = jax.lax.top_k(choice_TE, chosen)
+    weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
+    if router.normalise:
+        weight_TX = weight_TX / (weight_TX.sum(-1, keepdims=True) + 1e-20)
+    return expert_TX.astype(jnp.int32), weight_TX * router.scale
+
+
+def _is_in_best_groups(choice_TE: Array, router: Router) -> Array:
+    T, E = choice_TE.shape
+    in_group_TZE = choice_TE.reshape(T, router.group_count, -1)
+    best = 1 if router.group_score == "best" else 2
+    judged_TZ = jax.lax.top_k(in_group_TZE, best)[0].sum(-1)
+    _, group_TX = jax.lax.top_k(judged_TZ, router.group_top)
+    is_best_TZ = jnp.zeros(judged_TZ.shape, bool).at[jnp.arange(T)[:, None], group_TX].set(True)
+    return jnp.repeat(is_best_TZ, E // router.group_count, axis=1)
