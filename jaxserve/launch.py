@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.core.request import EngineInfo, EngineStats
@@ -178,16 +177,14 @@ def _report(
     from jaxserve.models.decoder import abstract_params
 
     memory, devices = setup.memory, setup.devices
-    if memory is None:
-        raise ConfigError("memory was not planned")
     stats, buckets = runner.compile_stats, setup.buckets
     return StartReport(
         model=config.model.model, family=spec.family,
         parameter_count=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec, dtype))),
         dtype=dtype, devices=f"{len(devices)} x {devices[0].device_kind}",
         mesh=", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items()),
-        weight_bytes=memory.weight_bytes, temporary_bytes=runner.temporary_bytes, page_count=memory.page_count,
-        page_size=memory.page_size, page_bytes=memory.page_bytes, max_model_len=memory.length_max,
+        weight_bytes=memory.weight_bytes, temporary_bytes=runner.temporary_bytes, pools=memory.pages(),
+        concurrency=memory.concurrency, max_model_len=memory.length_max,
         row_count=setup.shape.row_count, tokens_max=buckets.tokens_max,
         buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
         compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest in the background",

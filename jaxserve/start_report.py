@@ -23,9 +23,8 @@ class StartReport:
     mesh: str
     weight_bytes: int
     temporary_bytes: int
-    page_count: int
-    page_size: int
-    page_bytes: int
+    pools: tuple[tuple[str, int, str], ...]     # of KV pages: name, bytes, sizes for people
+    concurrency: float                          # sequences of full length that fit at once
     max_model_len: int
     row_count: int
     tokens_max: int
@@ -33,25 +32,14 @@ class StartReport:
     compiled: str
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def token_capacity(self) -> int:
-        """Tokens whose keys and values fit the pool."""
-        return self.page_count * self.page_size
-
-    @property
-    def concurrency(self) -> float:
-        """Sequences of full length that fit at once."""
-        return self.token_capacity / self.max_model_len
-
     def rows(self) -> list[tuple[str, str]]:
-        pages = f"{self.page_count:,} pages x {self.page_size} = {self.token_capacity:,} tokens"
         spent = " · ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
         return [
             ("model", f"{self.model} ({self.family}, {self.parameter_count / 1e6:,.1f} M parameters, {self.dtype})"),
             ("devices", f"{self.devices}, mesh {self.mesh}"),
             ("weights", size(self.weight_bytes)),
             ("step temporaries", size(self.temporary_bytes)),
-            ("KV cache", f"{size(self.page_count * self.page_bytes)}: {pages}"),
+            *((name, f"{size(count)}: {sizes}") for name, count, sizes in self.pools),
             ("maximum concurrency", f"{self.concurrency:.1f} sequences of {self.max_model_len:,} tokens"),
             ("a step holds", f"up to {self.tokens_max:,} tokens of up to {self.row_count} sequences"),
             ("buckets", self.buckets),

@@ -14,6 +14,7 @@ import jax
 
 from jaxserve.core.errors import CapacityError
 from jaxserve.core.model_spec import ModelSpec
+from jaxserve.runner.page_budget import GroupPages, group_pages, most, share
 
 GIB = 1 << 30
 CPU_POOL_BYTES = 2 * GIB          # KV pages of a CPU server when the user says nothing
@@ -42,24 +43,37 @@ class MemoryTable:
     weight_bytes: int = 0
     temporary_bytes: int = 0
     state_bytes: int = 0             # rows, page tables, shaping slots
-    page_bytes: int = 0              # of one page index over all KV groups
-    page_count: int = 0
+    groups: tuple[GroupPages, ...] = ()
     page_size: int
     length_max: int = 0
 
     @property
-    def pool_bytes(self) -> int:
-        return self.page_count * self.page_bytes
+    def page_bytes(self) -> int:
+        """Of one page in every KV group."""
+        return sum(group.page_bytes for group in self.groups)
 
     @property
-    def token_count(self) -> int:
-        """Tokens whose keys and values fit the pool."""
-        return self.page_count * self.page_size
+    def pool_bytes(self) -> int:
+        return sum(group.pool_bytes for group in self.groups)
 
     @property
     def concurrency(self) -> float:
         """Sequences of full length that fit at once."""
-        return self.token_count / self.length_max if self.length_max else 0.0
+        if not self.length_max:
+            return 0.0
+        held = (group.page_count / group.held(self.length_max, self.page_size) for group in self.groups)
+        return min(held, default=0.0)
+
+    def pages(self) -> tuple[tuple[str, int, str], ...]:
+        """Name, bytes and sizes of each group's pages, for people."""
+        return tuple(
+            (
+                "KV pages" if group.window is None else f"KV, window {group.window:,}", group.pool_bytes,
+                f"{group.page_count:,} pages x {self.page_size} slots = {group.page_count * self.page_size:,} tokens"
+                + (f" in {group.layer_count} layers" if len(self.groups) > 1 else ""),
+            )
+            for group in self.groups
+        )
 
     @property
     def left_bytes(self) -> int:
@@ -68,7 +82,6 @@ class MemoryTable:
         return self.budget.budget_bytes - fixed
 
     def lines(self) -> tuple[str, ...]:
-        pages = f"{self.page_count:,} pages x {self.page_size} slots = {self.token_count:,} tokens"
         named = (
             ("device memory", self.budget.total_bytes, ""),
             ("to plan with", self.budget.budget_bytes, ""),
@@ -77,7 +90,7 @@ class MemoryTable:
             ("row state", self.state_bytes, ""),
             ("reserve", self.budget.reserve_bytes, ""),
             ("left for KV pages", max(0, self.left_bytes), f"{self.page_bytes:,} B a page"),
-            ("KV pages", self.pool_bytes, pages),
+            *self.pages(),
         )
         return tuple(f"  {name:18} {count / GIB:9.3f} GiB  {note}".rstrip() for name, count, note in named)
 
@@ -128,19 +141,20 @@ def grant_pages(
     page_size: int,
     itemsize: int,
     row_count: int,
+    tokens_max: int,
     length_wanted: int | None,
     pool_bytes_wanted: int | None,
 ) -> MemoryTable:
     """Sizes the KV pool and, where it is not given, the longest sequence.
 
     Args:
+      tokens_max: tokens of the largest step.
       length_wanted: --max-model-len; None is as long as the model and the pool allow.
       pool_bytes_wanted: --kv-cache-memory-bytes; None is by device.
     """
     table = MemoryTable(
         budget=budget, weight_bytes=weight_bytes, temporary_bytes=temporary_bytes, state_bytes=state_bytes,
-        page_bytes=sum(group.page_bytes(page_size, itemsize) for group in spec.kv_groups),
-        page_size=page_size,
+        groups=group_pages(spec.kv_groups, page_size, itemsize), page_size=page_size,
     )
     if pool_bytes_wanted is not None:
         pool_bytes = pool_bytes_wanted
@@ -151,17 +165,34 @@ def grant_pages(
     if pool_bytes > table.left_bytes or pool_bytes < table.page_bytes:
         raise _refusal(table, pool_bytes_wanted)
     longest = length_wanted if length_wanted is not None else spec.context_length
-    useful = row_count * -(-longest // page_size)
-    page_count = min(_on_grid(pool_bytes // table.page_bytes), useful)
-    capacity = page_count * page_size
+    limits = [
+        most(group, length=longest, page_size=page_size, row_count=row_count, tokens_max=tokens_max)
+        for group in table.groups
+    ]
+    counts = share(table.groups, pool_bytes, limits, _on_grid)
+    table = replace(table, groups=tuple(
+        replace(group, page_count=count) for group, count in zip(table.groups, counts, strict=True)
+    ))
+    capacity = _longest(table, longest)
     if length_wanted is not None and length_wanted > capacity:
         raise CapacityError(
-            f"max-model-len {length_wanted:,} needs {-(-length_wanted // page_size):,} KV pages, and {page_count:,} "
-            f"fit: lower --max-model-len to at most {capacity:,}, or raise "
+            f"max-model-len {length_wanted:,} needs more KV pages than fit: lower --max-model-len to at most "
+            f"{capacity:,}, or raise "
             f"{'--kv-cache-memory-bytes' if pool_bytes < table.left_bytes else '--gpu-memory-utilization'}.\n"
-            + "\n".join(replace(table, page_count=page_count, length_max=length_wanted).lines())
+            + "\n".join(replace(table, length_max=length_wanted).lines())
         )
-    return replace(table, page_count=page_count, length_max=min(longest, capacity))
+    if capacity < 1:
+        raise _refusal(table, pool_bytes_wanted)
+    return replace(table, length_max=capacity)
+
+
+def _longest(table: MemoryTable, longest: int) -> int:
+    """The longest sequence, up to `longest`, that could run alone."""
+    size = table.page_size
+    for group in table.groups:
+        if group.window is None or group.page_count < group.held(longest, size):
+            longest = min(longest, group.page_count * size)
+    return longest
 
 
 def _refusal(table: MemoryTable, pool_bytes_wanted: int | None) -> CapacityError:

@@ -62,13 +62,14 @@ def plan_memory(
     memory = grant_pages(
         spec=spec, budget=budget, weight_bytes=_device_bytes(params), temporary_bytes=temporaries,
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
-        itemsize=setup.dtype.itemsize, row_count=row_count,
+        itemsize=setup.dtype.itemsize, row_count=row_count, tokens_max=tokens_max,
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
     )
     if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens is None:
         tokens_max = min(tokens_max, max(_tokens_max_default(device.platform == "cpu"), row_count, memory.length_max))
     return replace(
-        setup, memory=memory, shape=_shape(setup.shape, memory.page_count, memory.length_max),
+        setup, memory=memory,
+        shape=_shape(setup.shape, [group.page_count for group in memory.groups], memory.length_max),
         buckets=choose_buckets(tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager),
     )
 
@@ -130,15 +131,16 @@ def _setup(
     )
     length = config.model.max_model_len or spec.context_length
     return RunnerSetup(
-        spec=spec, mesh=mesh, dtype=dtype, shape=_shape(shape, PROVISIONAL_PAGES, length), buckets=buckets,
+        spec=spec, mesh=mesh, dtype=dtype, buckets=buckets,
+        shape=_shape(shape, [PROVISIONAL_PAGES] * len(shape.groups), length),
         memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, store=store,
     )
 
 
-def _shape(shape: RunnerShape, page_count: int, length_max: int) -> RunnerShape:
-    groups = tuple(replace(group, page_count=page_count) for group in shape.groups)
+def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> RunnerShape:
+    groups = tuple(replace(group, page_count=count) for group, count in zip(shape.groups, page_counts, strict=True))
     return replace(shape, groups=groups, length_max=length_max)
 
 

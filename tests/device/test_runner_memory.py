@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jaxserve.core.errors import CapacityError, ConfigError
@@ -17,7 +19,7 @@ def grant(**changes: object):
     wanted: dict[str, object] = {
         "spec": tiny_spec(), "budget": Budget(total_bytes=100 * MIB, budget_bytes=90 * MIB, reserve_bytes=10 * MIB),
         "weight_bytes": 50 * MIB, "temporary_bytes": 10 * MIB, "state_bytes": MIB, "page_size": 16, "itemsize": 2,
-        "row_count": 10_000, "length_wanted": None, "pool_bytes_wanted": None,
+        "row_count": 10_000, "tokens_max": 512, "length_wanted": None, "pool_bytes_wanted": None,
     }
     return grant_pages(**(wanted | changes))  # type: ignore[arg-type]
 
@@ -26,18 +28,18 @@ def test_the_pool_is_what_is_left_on_a_coarse_grid():
     table = grant()
     assert table.page_bytes == PAGE_BYTES
     assert table.left_bytes == 19 * MIB
-    assert table.page_count == 4864, "19 MiB / 4 KiB = 4864 = 19 * 256: five bits"
-    assert grant(weight_bytes=50 * MIB - 100_000).page_count == table.page_count, "a little more free, the same shapes"
+    assert table.groups[0].page_count == 4864, "19 MiB / 4 KiB = 4864 = 19 * 256: five bits"
+    assert grant(weight_bytes=50 * MIB - 100_000).groups == table.groups, "a little more free, the same shapes"
     assert table.pool_bytes <= table.left_bytes
     assert table.length_max == 64 and table.concurrency == 4864 * 16 / 64
 
 
 def test_no_more_pages_than_sequences_can_use():
-    assert grant(row_count=3).page_count == 3 * 4
+    assert grant(row_count=3).groups[0].page_count == 3 * 4
 
 
 def test_a_given_pool_size_is_obeyed_or_refused():
-    assert grant(pool_bytes_wanted=100 * PAGE_BYTES).page_count == 100
+    assert grant(pool_bytes_wanted=100 * PAGE_BYTES).groups[0].page_count == 100
     with pytest.raises(CapacityError, match="does not fit: 19,922,944 bytes are left"):
         grant(pool_bytes_wanted=20 * MIB)
     with pytest.raises(CapacityError, match="less than one page"):
@@ -59,8 +61,8 @@ def test_a_model_that_does_not_fit_is_refused_with_the_table():
 
 def test_a_default_pool_yields_to_what_is_left():
     budget = Budget(total_bytes=100 * MIB, budget_bytes=90 * MIB, reserve_bytes=10 * MIB, pool_bytes_default=4 * MIB)
-    assert grant(budget=budget).page_count == 1024
-    assert grant(budget=budget, weight_bytes=67 * MIB).page_count == 512
+    assert grant(budget=budget).groups[0].page_count == 1024
+    assert grant(budget=budget, weight_bytes=67 * MIB).groups[0].page_count == 512
 
 
 def test_buckets_are_few_and_end_at_the_maxima():
@@ -81,8 +83,6 @@ def test_the_serving_set_is_one_bucket_of_each_kind():
 
 
 def test_sizes_that_contradict_each_other_are_refused(tmp_path):
-    from dataclasses import replace
-
     from tests.device.tiny import tiny_config, tiny_params, tiny_setup
 
     spec = tiny_spec()
@@ -94,3 +94,20 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path):
     whole = replace(config.scheduler, enable_chunked_prefill=False)
     with pytest.raises(ConfigError, match="chunked prefill is off"):
         tiny_setup(spec, params, replace(config, scheduler=whole))
+
+
+def test_a_window_gets_what_it_can_hold_and_leaves_the_rest():
+    """Two groups of one layer each, one with a window of 20: at most 3 pages a row, and two steps in flight."""
+    spec = replace(tiny_spec(window=20), context_length=4096)
+    table = grant(spec=spec, row_count=8, tokens_max=64, pool_bytes_wanted=MIB)
+    everything, window = table.groups
+    assert (everything.window, window.window) == (None, 20)
+    assert window.page_count == 8 * 3 + 2 * 4
+    assert everything.page_count == (MIB - window.pool_bytes) // everything.page_bytes // 16 * 16
+    assert table.pool_bytes <= MIB and table.length_max == 4096
+    assert any("window 20" in line for line in table.lines())
+    equal = grant(spec=spec, row_count=8, tokens_max=64, pool_bytes_wanted=20 * PAGE_BYTES)
+    assert [group.page_count for group in equal.groups] == [20, 20], "a small pool is shared equally"
+    slides = replace(spec, layers=(spec.layers[1],) * 2)
+    assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=MIB).length_max == 4096
+    assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=2 * PAGE_BYTES).length_max == 32

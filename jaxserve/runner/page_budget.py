@@ -1,0 +1,73 @@
+"""How many pages each KV group gets of a pool: groups that see everything share what windows leave over.
+
+A sliding window never holds more than its newest positions of each row and the tokens of the steps in flight; pages
+beyond that would lie idle. Pure arithmetic; knows no device.
+Invariant: the pages granted take no more bytes than the pool, and every group has at least one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jaxserve.core.model_spec import KvGroup
+
+STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupPages:
+    """One group's part of the pool."""
+
+    window: int | None
+    layer_count: int
+    page_bytes: int
+    page_count: int = 0
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.page_count * self.page_bytes
+
+    def held(self, length: int, page_size: int) -> int:
+        """Pages that one sequence of that length holds while it decodes."""
+        pages = -(-length // page_size)
+        return pages if self.window is None else min(pages, (self.window - 1) // page_size + 2)
+
+
+def group_pages(groups: Sequence[KvGroup], page_size: int, itemsize: int) -> tuple[GroupPages, ...]:
+    """The groups of a model, with no pages yet."""
+    return tuple(
+        GroupPages(
+            window=group.window, layer_count=len(group.layers), page_bytes=group.page_bytes(page_size, itemsize)
+        )
+        for group in groups
+    )
+
+
+def most(group: GroupPages, *, length: int, page_size: int, row_count: int, tokens_max: int) -> int:
+    """Pages that a group can have use for: every row at full length, and for a window the steps in flight."""
+    pages = row_count * -(-length // page_size)
+    if group.window is None:
+        return pages
+    in_flight = STEPS_IN_FLIGHT * -(-tokens_max // page_size)
+    return min(pages, row_count * group.held(length, page_size) + in_flight)
+
+
+def share(
+    groups: Sequence[GroupPages], pool_bytes: int, limits: Sequence[int], on_grid: Callable[[int], int]
+) -> tuple[int, ...]:
+    """Page counts: as many as fit, equally many for all groups that are below their limit.
+
+    Args:
+      limits: the most pages each group has use for.  on_grid: rounds a count down.
+    """
+    counts: dict[int, int] = {}
+    left = pool_bytes
+    while len(counts) < len(groups):
+        open_ = [index for index in range(len(groups)) if index not in counts]
+        equal = on_grid(left // sum(groups[index].page_bytes for index in open_))
+        full = [index for index in open_ if limits[index] <= equal]
+        for index in full or open_:
+            counts[index] = min(limits[index], equal)
+            left -= counts[index] * groups[index].page_bytes
+    return tuple(counts[index] for index in range(len(groups)))
