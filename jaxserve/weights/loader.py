@@ -25,6 +25,7 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
+from jaxserve.weights.mxfp4 import with_decoded
 from jaxserve.weights.rules import Assembly, match
 from jaxserve.weights.safetensors import StoredTensor, read_folder
 
@@ -43,7 +44,7 @@ def load_params(
 ) -> dict[str, Any]:
     """The parameters of a checkpoint folder, in `dtype`, on the mesh."""
     abstract = abstract_params(spec, dtype, mesh)
-    assemblies = match(abstract, family(spec.family).weights(spec), read_folder(folder))
+    assemblies = match(abstract, family(spec.family).weights(spec), with_decoded(read_folder(folder)))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
         return place(abstract, assemblies, lambda assembly, index: read_slice(assembly, index, advance))
