@@ -239,9 +239,10 @@ class HfConfig:
         """The config of one part of a model of several; `unused` attributes are about the others."""
         content = self.take(name, dict)
         self._taken.update(unused)
-        frame = {key: self._content[key] for key in ("architectures", "torch_dtype", "dtype") if key in self._content}
+        shared = ("architectures", "torch_dtype", "dtype", "tie_word_embeddings")
+        frame = {key: self._content[key] for key in shared if key in self._content}
         self._taken.update(frame)
-        part = HfConfig({**content, **frame})
+        part = HfConfig({**frame, **content, "architectures": self._content.get("architectures")})
         self._parts.append(part)
         return part
 

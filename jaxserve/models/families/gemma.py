@@ -55,7 +55,9 @@ def gemma3(config: HfConfig) -> ModelSpec:
 
 def gemma3_text_part(config: HfConfig) -> ModelSpec:
     """What a Gemma 3 with eyes does with text alone."""
-    return gemma3(config.part("text_config", unused=("vision_config",)))
+    images = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
+              "boi_token_id", "eoi_token_id", "image_token_id")
+    return gemma3(config.part("text_config", unused=images))
 
 
 def _frame(config: HfConfig, kv_head_count: int = 4) -> Outline:
