@@ -81,7 +81,7 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
 
         folder = locate(
             config.model.model, revision=config.model.revision, token=config.model.hf_token,
-            download_dir=config.load.download_dir, with_weights=config.load.load_format != "dummy",
+            download_dir=config.load.download_dir, load_format=config.load.load_format,
         )
     with _phase(progress, seconds, "loading", "load"):
         from jaxserve.models.registry import read_spec
@@ -149,7 +149,7 @@ def _params(
         return random_params(spec, mesh, dtype, config.model.seed)
     from jaxserve.weights.loader import load_params
 
-    return load_params(spec, folder, mesh, dtype, progress)
+    return load_params(spec, folder, mesh, dtype, progress, config.load.load_format)
 
 
 def _info(config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, dtype: str) -> EngineInfo:

@@ -77,7 +77,7 @@ def test_no_file_names_a_machine() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     paths = [ROOT / name for name in listed.stdout.split("\0") if name] or [*PYTHON, *PROSE]
     for path in paths:
-        if path.suffix in (".safetensors",) or path == Path(__file__) or not path.is_file():
+        if path.suffix in (".safetensors", ".bin") or path == Path(__file__) or not path.is_file():
             continue
         found = MACHINE_PATHS.search(path.read_text(encoding="utf-8"))
         assert found is None, f"{name_of(path)}: {found}"

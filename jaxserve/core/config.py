@@ -33,7 +33,7 @@ class ModelConfig:
 class LoadConfig:
     """Where weights come from."""
 
-    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "pt", "dummy"] = "auto"
     download_dir: str | None = None
 
 

@@ -25,9 +25,10 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
+from jaxserve.weights.files import StoredTensor
+from jaxserve.weights.folder import LoadFormat, read_folder
 from jaxserve.weights.mxfp4 import with_decoded
 from jaxserve.weights.rules import Assembly, match
-from jaxserve.weights.safetensors import StoredTensor, read_folder
 
 ALIGNMENT = 64          # XLA on the CPU adopts host memory that is aligned so, and copies other memory
 HUGE_BYTES_MIN = 4 << 20
@@ -40,11 +41,12 @@ Index = tuple[slice, ...]
 
 
 def load_params(
-    spec: ModelSpec, folder: Path, mesh: Mesh, dtype: DTypeLike, progress: ProgressPort | None = None
+    spec: ModelSpec, folder: Path, mesh: Mesh, dtype: DTypeLike, progress: ProgressPort | None = None,
+    load_format: LoadFormat = "auto",
 ) -> dict[str, Any]:
     """The parameters of a checkpoint folder, in `dtype`, on the mesh."""
     abstract = abstract_params(spec, dtype, mesh)
-    assemblies = match(abstract, family(spec.family).weights(spec), with_decoded(read_folder(folder)))
+    assemblies = match(abstract, family(spec.family).weights(spec), with_decoded(read_folder(folder, load_format)))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
         return place(abstract, assemblies, lambda assembly, index: read_slice(assembly, index, advance))

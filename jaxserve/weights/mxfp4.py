@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.core.errors import WeightsError
-from jaxserve.weights.safetensors import StoredTensor
+from jaxserve.weights.files import StoredTensor
 
 BLOCK = 32
 SCALE_BIAS = 127

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxserve.core.errors import WeightsError
 from jaxserve.models.weight_map import Section, Stacked, View, WeightMap
-from jaxserve.weights.safetensors import StoredTensor
+from jaxserve.weights.files import StoredTensor
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 NAMED_MAX = 8       # names listed of each kind of problem

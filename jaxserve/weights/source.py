@@ -13,7 +13,7 @@ from jaxserve.core.errors import ModelError
 SMALL_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken",     # config, tokenizer, chat template
 )
-WEIGHT_FILES = ("*.safetensors",)
+WEIGHT_FILES = {"safetensors": "*.safetensors", "pt": "pytorch_model*.bin"}
 # Sub-folders hold other formats of the same model; "consolidated" is a second copy under other names.
 IGNORED_FILES = ("*/*", "consolidated*", "*.gguf")
 
@@ -24,9 +24,13 @@ def locate(
     revision: str | None = None,
     token: str | None = None,
     download_dir: str | None = None,
-    with_weights: bool = True,
+    load_format: str = "auto",
 ) -> Path:
-    """The folder of a model given by path or hub name. Downloads what is missing, with progress bars on stderr."""
+    """The folder of a model given by path or hub name. Downloads what is missing, with progress bars on stderr.
+
+    Args:
+      load_format: which weights to download; "auto": PyTorch's only where there are no safetensors; "dummy": none.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -34,10 +38,18 @@ def locate(
         return folder
     if not _is_hub_name(model):
         raise ModelError(f"there is no folder {model!r}, and it is not a hub name (like 'Qwen/Qwen2.5-3B-Instruct')")
-    folder = _from_hub(model, revision, token, download_dir, with_weights)
+    folder = _from_hub(model, revision, token, download_dir, [WEIGHT_FILES[name] for name in _formats(load_format)[:1]])
+    for name in _formats(load_format)[1:]:
+        if not any(folder.glob("*.safetensors")):
+            folder = _from_hub(model, revision, token, download_dir, [WEIGHT_FILES[name]])
     if not (folder / "config.json").is_file():
         raise ModelError(f"the repository {model!r} has no config.json; it is not a model in Hugging Face's layout")
     return folder
+
+
+def _formats(load_format: str) -> tuple[str, ...]:
+    """Formats to look for, the preferred one first."""
+    return {"auto": ("safetensors", "pt"), "dummy": ()}.get(load_format, (load_format,))
 
 
 def _is_hub_name(model: str) -> bool:
@@ -47,7 +59,7 @@ def _is_hub_name(model: str) -> bool:
 
 
 def _from_hub(
-    model: str, revision: str | None, token: str | None, download_dir: str | None, with_weights: bool
+    model: str, revision: str | None, token: str | None, download_dir: str | None, weights: list[str]
 ) -> Path:
     # Imported here: a local folder needs neither the package nor its import time.
     from huggingface_hub import snapshot_download
@@ -63,7 +75,7 @@ def _from_hub(
         return Path(
             snapshot_download(
                 model, revision=revision, token=token, cache_dir=download_dir, ignore_patterns=list(IGNORED_FILES),
-                allow_patterns=[*SMALL_FILES, *(WEIGHT_FILES if with_weights else ())],
+                allow_patterns=[*SMALL_FILES, *weights],
             )
         )
     except GatedRepoError as error:
@@ -91,6 +103,6 @@ def _offline(model: str, download_dir: str | None) -> str:
 def _ways_out(download_dir: str | None) -> str:
     cache = download_dir or "~/.cache/huggingface/hub, or where HF_HUB_CACHE says"
     return (
-        "Two ways out: pass a local folder with config.json, tokenizer.json and *.safetensors as --model; or fill the "
+        "Two ways out: pass a local folder with config.json, tokenizer.json and weights as --model; or fill the "
         f"cache ({cache}) where there is a network, with `hf download MODEL`, and copy it here"
     )

@@ -17,7 +17,7 @@ import pytest
 
 from jaxserve.core.model_spec import RmsNorm
 from jaxserve.models.registry import read_spec
-from jaxserve.weights.safetensors import read_folder
+from jaxserve.weights.folder import read_folder
 
 gguf = pytest.importorskip("gguf")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "fetch_demo_model.py"

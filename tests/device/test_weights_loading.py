@@ -21,10 +21,12 @@ from jaxserve.core.progress import NoProgress
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import read_spec
 from jaxserve.sharding.mesh import make_mesh
+from jaxserve.weights.files import StoredTensor
+from jaxserve.weights.folder import read_folder
 from jaxserve.weights.loader import aligned_empty, is_finite, load_params, read_slice
 from jaxserve.weights.random import random_params
 from jaxserve.weights.rules import Assembly, Block
-from jaxserve.weights.safetensors import StoredTensor, read_file, read_folder, write_file
+from jaxserve.weights.safetensors import read_file, write_file
 from tests.device.fixture_models import FIXTURES, TINY_NAMES
 
 LLAMA3 = FIXTURES / "tiny-llama3"

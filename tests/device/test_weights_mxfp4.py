@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxserve.core.errors import WeightsError
+from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.mxfp4 import Mxfp4Array, with_decoded
-from jaxserve.weights.safetensors import StoredTensor
 
 
 def stored(**arrays: np.ndarray) -> dict[str, StoredTensor]:
