@@ -70,7 +70,7 @@ TINY: dict[str, Tiny] = {
     "phi3-partial": Tiny(model="Phi3ForCausalLM", shows="three quarters of a head turn",
                          fields=rope(partial_rotary_factor=0.75)),
     "phi3-longrope": Tiny(model="Phi3ForCausalLM", shows="LongRoPE, short and long",
-                          fields=dict(rope_parameters=longrope(4))),
+                          fields=dict(rope_parameters=longrope(4), original_max_position_embeddings=ORIGINAL)),
     "smollm3": Tiny(model="SmolLM3ForCausalLM", shows="every other layer without positions",
                     fields=dict(no_rope_layer_interval=2)),
     "granite": Tiny(
