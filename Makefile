@@ -66,8 +66,10 @@ bench: install demo-model  ## host and device time of a step on the demo model, 
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)
 	$(BIN)/python scripts/bench_kernels.py
 
-docs: install  ## write docs/configuration.md from the table of flags
+docs: $(VENV)/.installed-dev  ## write docs/configuration.md from the flags, docs/models.md from what the tests show
 	$(BIN)/python scripts/write_configuration.py
+	$(BIN)/python scripts/write_models.py
+	$(BIN)/python -m scripts.write_malformed_models
 
 lock: $(VENV)/.installed-dev  ## write constraints.txt from what is installed in .venv and .venv-3.11
 	$(BIN)/python scripts/lock.py $(VENV) .venv-3.11

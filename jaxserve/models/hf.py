@@ -74,6 +74,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }
 
+# A layer, an expert is an object here before any weight is looked at: what no model has would fill the memory.
+COUNTS_MAX = {
+    "num_hidden_layers": 2000, "n_layer": 2000, "num_experts": 10_000, "num_local_experts": 10_000,
+    "n_routed_experts": 10_000,
+}
+SIZE_MAX = 2**31 - 1
+
 _REQUIRED: Any = object()
 
 
@@ -105,6 +112,8 @@ class HfConfig:
         value = self.take(name, int, default)
         if value < 1:
             raise ModelError(f"config.json: {name} is {value}; it must be at least 1")
+        if value > (most := COUNTS_MAX.get(name, SIZE_MAX)):
+            raise ModelError(f"config.json: {name} is {_short(value)}; it must be at most {most}")
         return cast(int, value)
 
     def size_of(self, names: tuple[str, ...], default: Any = _REQUIRED) -> int:
@@ -278,14 +287,19 @@ def read_config(folder: Path, overrides: Mapping[str, object] | None = None) -> 
     """The content of config.json with `--hf-overrides` applied on top; a null override removes the attribute."""
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_no_number)
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json; it is not a Hugging Face model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path.name} must be a JSON object")
     return _merged(content, overrides or {})
+
+
+def _no_number(name: str) -> None:
+    """NaN and Infinity, which Python's reader would take for numbers."""
+    raise ValueError(f"{name} is not a number that JSON has")
 
 
 def _merged(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

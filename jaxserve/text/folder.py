@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path.name} must hold a JSON object, got {type(value).__name__}")

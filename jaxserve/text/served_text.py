@@ -6,20 +6,23 @@ Invariant: what `engine_requests` gives is valid for that engine: ids below the 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxserve.core.config import ModelConfig
-from jaxserve.core.errors import RequestError
+from jaxserve.core.errors import ModelError, RequestError
 from jaxserve.core.request import EngineInfo, EngineRequest
 from jaxserve.core.sampling_params import SamplingParams, check_against
 from jaxserve.core.text_request import TextRequest
 from jaxserve.text.chat_template import ChatTemplate, load_chat_template
-from jaxserve.text.folder import tokenizer_folder
+from jaxserve.text.folder import read_json, tokenizer_folder
 from jaxserve.text.generation_config import default_params, eos_token_ids
 from jaxserve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("jaxserve.start")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,7 @@ class ServedText:
         if not config.skip_tokenizer_init:
             text_folder = tokenizer_folder(folder, config, download_dir)
             tokenizer = Tokenizer.from_folder(text_folder)
+            _check_vocabulary(tokenizer, folder, config)
         return cls(
             tokenizer=tokenizer,
             template=load_chat_template(text_folder, chat_template, tokenizer.special_tokens if tokenizer else {}),
@@ -106,6 +110,27 @@ class ServedText:
         if params.bad_words:
             changes["bad_words_token_ids"] = self.need_tokenizer().encode_bad_words(params.bad_words)
         return params.with_(**changes) if changes else params
+
+
+def _check_vocabulary(tokenizer: Tokenizer, folder: Path, config: ModelConfig) -> None:
+    """A tokenizer may know fewer tokens than the embedding has rows, and added ones beyond it that no prompt uses
+    (Gemma 3 has one for images): such a prompt is refused when it comes. Ordinary tokens beyond it are another model's.
+    """
+    content = read_json(folder / "config.json") | config.hf_overrides
+    part = content.get("text_config")
+    rows = content.get("vocab_size", part.get("vocab_size") if isinstance(part, dict) else None)
+    if not isinstance(rows, int):       # a default of the family: no one says it here
+        return
+    if (ordinary := tokenizer.id_max(with_added_tokens=False)) >= rows:
+        raise ModelError(
+            f"the tokenizer gives ids up to {ordinary}, the model's embedding has {rows} rows (vocab_size): they do "
+            "not belong together. --tokenizer names another folder"
+        )
+    if (added := tokenizer.id_max(with_added_tokens=True)) >= rows:
+        logger.warning(
+            "added tokens of the tokenizer have ids up to %d, the model's embedding has %d rows: prompts with such "
+            "tokens will be refused", added, rows,
+        )
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int) -> None:

@@ -59,6 +59,10 @@ class Tokenizer:
         """Tokens that have a text, added ones included; the model's logits may be wider."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def id_max(self, *, with_added_tokens: bool) -> int:
+        """The highest id that a text can become; -1 where there are no tokens."""
+        return max(self._backend.get_vocab(with_added_tokens=with_added_tokens).values(), default=-1)
+
     @property
     def eos_token_id(self) -> int | None:
         eos = self.special_tokens.get("eos_token")

@@ -79,7 +79,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> np.ndarra
     try:
         return np.empty(shape, dtype)
     except (ValueError, OverflowError) as error:
-        raise WeightsError(f"{where}: {list(shape)} is not a shape: {error}") from error
+        raise WeightsError(f"{where}: {list(shape)} is not a shape") from error
 
 
 def is_size(value: object) -> bool:
