@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxserve.core.errors import ModelError
-from jaxserve.weights.source import locate
+from jaxserve.weights.source import SMALL_FILES, locate
 from tests.device.fixture_models import FIXTURES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -77,3 +78,30 @@ def test_offline_without_the_cache_names_both_ways_out(tmp_path: Path) -> None:
 def test_locating_imports_no_jax() -> None:
     code = "import sys, jaxserve.weights.source; print([m for m in ('jax', 'huggingface_hub') if m in sys.modules])"
     assert offline(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("load_format", "on_hub", "asked"),
+    [
+        ("auto", "model.safetensors", ["*.safetensors"]),
+        ("auto", "pytorch_model.bin", ["*.safetensors", "pytorch_model*.bin"]),
+        ("safetensors", "pytorch_model.bin", ["*.safetensors"]),
+        ("pt", "model.safetensors", ["pytorch_model*.bin"]),
+        ("dummy", "model.safetensors", []),
+    ],
+)
+def test_only_the_weights_that_are_read_are_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_format: str, on_hub: str, asked: list[str]
+) -> None:
+    wanted: list[str] = []
+
+    def snapshot_download(model: str, *, allow_patterns: list[str], **_: object) -> str:
+        (tmp_path / "config.json").touch()
+        wanted.extend(weights := [pattern for pattern in allow_patterns if pattern not in SMALL_FILES])
+        if any(fnmatch.fnmatch(on_hub, pattern) for pattern in weights):
+            (tmp_path / on_hub).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert locate("someone/tiny", load_format=load_format) == tmp_path
+    assert wanted == asked

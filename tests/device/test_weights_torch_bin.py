@@ -7,14 +7,18 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from jaxserve.core.errors import WeightsError
+from jaxserve.models.registry import read_spec
+from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights import safetensors, torch_bin
 from jaxserve.weights.folder import read_folder
+from jaxserve.weights.loader import load_params
 from tests.device.fixture_models import FIXTURES
-from tests.device.torch_files import call, opened, storage, tensor, write_torch
+from tests.device.torch_files import call, from_arrays, opened, storage, tensor, write_torch
 
 TORCH_BIN = FIXTURES / "torch-bin"
 ONES = np.ones(6, np.float32)
@@ -164,3 +168,12 @@ def test_an_index_joins_files(tmp_path: Path) -> None:
     assert {name: stored.file for name, stored in read_folder(tmp_path).items()} == {
         "a": "pytorch_model-a.bin", "b": "pytorch_model-b.bin"
     }
+
+
+def test_a_model_is_the_same_in_either_format(tmp_path: Path) -> None:
+    sound = FIXTURES / "tiny-llama-tied"
+    stored = safetensors.read_file(sound / "model.safetensors")
+    from_arrays(tmp_path / "pytorch_model.bin", {name: held.data for name, held in stored.items()})
+    spec, mesh = read_spec(sound), make_mesh(jax.devices()[:1])
+    ours, theirs = (load_params(spec, folder, mesh, "float32") for folder in (tmp_path, sound))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
