@@ -33,6 +33,8 @@ def tokenizer_folder(folder: Path, config: ModelConfig, download_dir: str | None
 
 def read_json(path: Path) -> dict[str, object]:
     """A JSON object of a model folder; empty where there is no such file. Raises ModelError."""
+    if path.exists() and not path.is_file():     # reading a pipe would wait for a writer
+        raise ModelError(f"{path.name} is no regular file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
