@@ -6,13 +6,21 @@ Contract: the first `work.decode_count` packed tokens are computed, all others a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array
 
-from kernels_pallas import contract
+from kernels_pallas import contract, hopper
 from kernels_pallas.paged_decode import reference, xla
 from kernels_pallas.work import AttentionWork
 
-_IMPLEMENTATIONS = {"xla": xla.paged_decode, "reference": reference.paged_decode}
+
+def _implementation(name: str) -> Callable[..., Array]:
+    if name == "mosaic_gpu":
+        from kernels_pallas.paged_decode import mosaic_gpu  # late: it needs jax >= 0.11
+
+        return mosaic_gpu.paged_decode
+    return {"xla": xla.paged_decode, "reference": reference.paged_decode}[name]
 
 
 def paged_decode(
@@ -36,13 +44,17 @@ def paged_decode(
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
-      implementation: "xla", "reference", or None for the first that serves the request.
+      implementation: "xla", "reference", "mosaic_gpu", or None for the first of these that serves the request.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
     )
     contract.require("paged_decode", violations)
-    refusals = {name: lambda: contract.dtype_refusals(q_TNH, k_PKSH) for name in _IMPLEMENTATIONS}
+    refusals = {
+        "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
+        "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
+        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH),
+    }
     chosen = contract.choose("paged_decode", implementation, refusals)
-    attend = _IMPLEMENTATIONS[chosen]
+    attend = _implementation(chosen)
     return attend(q_TNH, k_PKSH, v_PKSH, page_RM, work, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N)

@@ -6,13 +6,21 @@ its row (the newest `window` of them), never another slot, whatever that holds. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax import Array
 
-from kernels_pallas import contract
+from kernels_pallas import contract, hopper
 from kernels_pallas.paged_prefill import reference, xla
 from kernels_pallas.work import AttentionWork
 
-_IMPLEMENTATIONS = {"xla": xla.paged_prefill, "reference": reference.paged_prefill}
+
+def _implementation(name: str) -> Callable[..., Array]:
+    if name == "mosaic_gpu":
+        from kernels_pallas.paged_prefill import mosaic_gpu  # late: it needs jax >= 0.11
+
+        return mosaic_gpu.paged_prefill
+    return {"xla": xla.paged_prefill, "reference": reference.paged_prefill}[name]
 
 
 def paged_prefill(
@@ -36,13 +44,17 @@ def paged_prefill(
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
-      implementation: "xla", "reference", or None for the first that serves the request.
+      implementation: "xla", "reference", "mosaic_gpu", or None for the first of these that serves the request.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
     )
     contract.require("paged_prefill", violations)
-    refusals = {name: lambda: contract.dtype_refusals(q_TNH, k_PKSH) for name in _IMPLEMENTATIONS}
+    refusals = {
+        "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
+        "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
+        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH),
+    }
     chosen = contract.choose("paged_prefill", implementation, refusals)
-    attend = _IMPLEMENTATIONS[chosen]
+    attend = _implementation(chosen)
     return attend(q_TNH, k_PKSH, v_PKSH, page_RM, work, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels_pallas.work import TILE_TOKENS, plan_work, work_layout
+from kernels_pallas.work import PIECE_SLOTS, SPAN_TOKENS, TILE_TOKENS, plan_work, work_layout
 
 R, T = 20, 300
 
@@ -50,17 +50,43 @@ def test_every_token_is_planned_once_with_its_row_and_position(step):
         assert token not in found
         found[token] = (int(work["decode_row_W"][slot]), int(work["decode_length_W"][slot]) - 1)
         assert work["decode_slot_W"][token] == slot
-    for tile in range(int(work["tile_count"])):
-        for i in range(int(work["tile_size_W"][tile])):
-            token = int(work["tile_token_W"][tile]) + i
-            assert token not in found
-            found[token] = (int(work["tile_row_W"][tile]), int(work["tile_position_W"][tile]) + i)
+    for kind, size in (("tile", TILE_TOKENS), ("span", SPAN_TOKENS)):
+        tiled: dict[int, tuple[int, int]] = {}
+        for tile in range(int(work[f"{kind}_count"])):
+            assert 0 < work[f"{kind}_size_W"][tile] <= size
+            for i in range(int(work[f"{kind}_size_W"][tile])):
+                token = int(work[f"{kind}_token_W"][tile]) + i
+                assert token not in found and token not in tiled
+                tiled[token] = (int(work[f"{kind}_row_W"][tile]), int(work[f"{kind}_position_W"][tile]) + i)
+        assert [tiled[token] for token in range(decode_count, len(expected))] == expected[decode_count:]
+    found |= tiled
     assert [found[token] for token in range(len(expected))] == expected and len(found) == len(expected)
     lengths = work["decode_length_W"][:decode_count]
     assert (np.diff(lengths) <= 0).all(), "longest first"
     assert (work["decode_length_W"][decode_count:] == 0).all()
     first = work["tile_token_W"][: work["tile_count"]]
     assert (np.diff(first) > 0).all(), "tiles in packed order: a later one overwrites what an earlier one overran"
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps())
+def test_pieces_cover_every_decode_context_once_in_order(step):
+    *_, decode_count = step
+    work = plan(*step)
+    first = work["decode_piece_W"]
+    assert (np.diff(first) >= 0).all() and first[decode_count] == first[-1] == work["piece_count"]
+    for slot in range(decode_count):
+        at = range(int(first[slot]), int(first[slot + 1]))
+        begin, end = work["piece_begin_W"][at], work["piece_end_W"][at]
+        assert (work["piece_slot_W"][at] == slot).all() and (begin % PIECE_SLOTS == 0).all() and (begin < end).all()
+        assert begin[0] == 0 and (begin[1:] == end[:-1]).all() and end[-1] == work["decode_length_W"][slot]
+
+
+def test_a_lone_long_context_is_split_and_a_full_batch_is_not():
+    alone = plan([3], [32_767], [1], 1)
+    assert alone["piece_count"] == 64
+    many = plan(range(R), [8191] * R, [1] * R, R)
+    assert R <= many["piece_count"] <= R + 64
 
 
 def test_tiles_fit_in_the_worst_case():

@@ -1,0 +1,94 @@
+"""What may run the Mosaic GPU kernels, and how large their blocks are: NVIDIA Hopper under jax >= 0.11.
+
+Knows versions, devices and sizes; imports no kernel, so it can be asked anywhere.
+Invariant: a refusal names what is asked, what is served and, where there is one, the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+JAX_VERSION_MIN = (0, 11)
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128)    # a TMA copy must end at a tile of 8 rows; a block of context is whole pages
+GROUP_MAX = 64
+MULTIPROCESSORS = 132                # of an H100 SXM and an H200: one resident program each
+SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the rest is for barriers and reductions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """Sizes of one kernel's blocks.
+
+    Attributes:
+      context: context slots of one turn: rows of a wgmma, so a multiple of 64, and of the page size.
+      stages: blocks of keys, and as many of values, in flight.
+      programs: persistent programs; more than there are multiprocessors only wait.
+    """
+
+    context: int
+    stages: int
+    programs: int = MULTIPROCESSORS
+
+
+def refusals(q_TNH: Array, k_PKSH: Array) -> list[str]:
+    """Why the Mosaic GPU attention kernels cannot serve these arrays here."""
+    _, N, H = q_TNH.shape
+    _, K, S, _ = k_PKSH.shape
+    found = [*_environment_refusals()]
+    if H not in HEAD_DIMS:
+        found.append(f"head dimension {H} is none of {', '.join(map(str, HEAD_DIMS))}")
+    if S not in PAGE_SIZES:
+        found.append(f"page size {S} is none of {', '.join(map(str, PAGE_SIZES))}")
+    if N // K > GROUP_MAX:
+        found.append(f"{N // K} query heads a kv head are more than {GROUP_MAX}")
+    if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
+        found.append(
+            f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
+        )
+    return found
+
+
+def _environment_refusals() -> list[str]:
+    if jax.__version_info__ < JAX_VERSION_MIN:
+        return [f"needs jax >= 0.11 (and so Python >= 3.12), this is {jax.__version__}"]
+    kind = target_kind()
+    if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return [f"needs an NVIDIA Hopper GPU (compute capability 9.0), the target is {kind!r}"]
+    return []
+
+
+def target_kind() -> str:
+    """Name of the device that is compiled for: of an abstract mesh in scope, else of the default device."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device.device_kind if device is not None else jax.devices()[0].device_kind
+
+
+def blocks(op: str, head_dim: int, page_size: int, fixed_bytes: int = 0) -> Blocks:
+    """Measured sizes for this device where there are some in `tuned`, else what fits.
+
+    Args:
+      fixed_bytes: shared memory that the kernel needs beside its blocks of keys and values.
+    """
+    measured = _tuned(target_kind(), op).get(f"{head_dim}x{page_size}")
+    if measured is not None:
+        return Blocks(**measured)
+    # 32 KiB a block up to heads of 128: two or three of them hide the latency of memory.
+    context = 128 if head_dim <= 128 else 64
+    pair_bytes = 2 * context * head_dim * 2
+    return Blocks(context=context, stages=min(6, (SHARED_BYTES_MAX - fixed_bytes) // pair_bytes))
+
+
+@functools.cache
+def _tuned(device_kind: str, op: str) -> dict[str, dict[str, int]]:
+    """'{head_dim}x{page_size}' -> sizes, from tuned/{device}/{op}.json; nothing where nobody has measured."""
+    folder = device_kind.lower().replace(" ", "-")
+    file = importlib.resources.files("kernels_pallas") / "tuned" / folder / f"{op}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["blocks"] if file.is_file() else {}

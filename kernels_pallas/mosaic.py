@@ -1,0 +1,151 @@
+"""Pieces of Mosaic GPU programs that the attention kernels share: rings of pages in shared memory, scores, edges.
+
+Knows one program's references, barriers and register layouts; knows no work item. Imported only where jax >= 0.11.
+Invariant: every completed phase of a barrier is waited for, and what registers read of or wrote to shared memory is
+committed before an asynchronous copy or a wgmma may touch it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+LOG2E = math.log2(math.e)        # the kernels' softmax is to base 2: one instruction, ex2
+NOTHING = -1e30                  # finite, so that NOTHING - NOTHING is 0 and not NaN
+CLEARED_COLUMNS = 64             # at once: a whole block of heads of 256 would not fit into the registers left
+LOADER_REGISTERS, MATH_REGISTERS = 40, 232   # of a thread; a loader computes addresses only
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+Ref = Any      # pallas has no public type for references
+
+
+class Ring(NamedTuple):
+    """Blocks of context in flight: `full` completes when a block has landed, `empty` when it may be overwritten."""
+
+    block: Ref     # [stages, context, H]
+    full: Ref
+    empty: Ref
+
+
+def shared(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """Shared memory in the tiled and swizzled form that TMA writes and wgmma reads."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def ring(stages: int, context: int, head_dim: int, dtype: DTypeLike, pages: int, readers: int) -> tuple[Any, ...]:
+    """Scratch of a Ring. One page is one copy and one arrival."""
+    return (
+        shared((stages, context, head_dim), dtype),
+        plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
+    )
+
+
+def load_block(
+    into: Ring, pages_PKSH: Ref, table_RM: Ref, row: Array, head: Array, turn: Array,
+    *, first: Array, begin: Array, end: Array,
+) -> None:
+    """Starts the copies of the pages that hold any of [begin, end) into the ring's place of `turn`.
+
+    Args:
+      turn: blocks that this program loaded before.  first: the block's first context slot.
+    """
+    stages, context, _ = into.block.shape
+    page_size = pages_PKSH.shape[2]
+    place = lax.rem(turn, stages)
+
+    @pl.when(turn >= stages)
+    def _() -> None:
+        plgpu.barrier_wait(into.empty.at[place])
+
+    for index in range(context // page_size):
+        slot = first + index * page_size
+        is_needed = (slot < end) & (slot + page_size > begin)
+
+        @pl.when(is_needed)
+        def _(index: int = index, slot: Array = slot) -> None:
+            page = table_RM[row, lax.div(slot, page_size)]
+            target = into.block.at[place, pl.ds(index * page_size, page_size)]
+            plgpu.copy_gmem_to_smem(pages_PKSH.at[page, head], target, into.full.at[place])
+
+        @pl.when(jnp.logical_not(is_needed))
+        def _() -> None:
+            plgpu.barrier_arrive(into.full.at[place])
+
+
+def drain(rings: tuple[Ring, ...], turns: Array) -> None:
+    """Waits until the readers are done with the last blocks, so that no phase is left unobserved."""
+    stages = rings[0].block.shape[0]
+
+    def wait(turn: Array, carry: None) -> None:
+        for one in rings:
+            plgpu.barrier_wait(one.empty.at[lax.rem(turn, stages)])
+
+    lax.fori_loop(jnp.maximum(turns - stages, 0), turns, wait, None)
+
+
+def clear_outside(block: Ref, first: Array, begin: Array, end: Array) -> None:
+    """Zeroes the rows of a block [C, H] of values whose slots are not in [begin, end): 0 * NaN is NaN."""
+    slots, head_dim = block.shape
+    shape = (slots, CLEARED_COLUMNS)
+    slot = first + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    for column in range(0, head_dim, CLEARED_COLUMNS):
+        part = block.at[:, pl.ds(column, CLEARED_COLUMNS)]
+        value = plgpu.load(part, layout=MATRIX, optimized=False)
+        part[...] = jnp.where((slot >= begin) & (slot < end), value, jnp.zeros_like(value))
+    plgpu.commit_smem()
+
+
+def product(shape: tuple[int, int], lhs: Ref, rhs: Ref) -> Array:
+    """lhs @ rhs in float32, from shared memory."""
+
+    def multiply(total: Ref) -> Array:
+        plgpu.wgmma(total, lhs, rhs)
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def base_two_scores(dot: Array, *, scale: float, soft_cap: float | None) -> Array:
+    """Scores to base 2. tanh goes through ex2: the approximate instruction for it is off by 5e-4, times the cap."""
+    if soft_cap is None:
+        return dot * (scale * LOG2E)
+    tanh = 1.0 - 2.0 / (jnp.exp2(dot * (2 * LOG2E * scale / soft_cap)) + 1.0)
+    return tanh * (soft_cap * LOG2E)
+
+
+def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
+    """A vector as a matrix that varies along `axis`."""
+    return lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    """A constant in a register layout."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def launch(
+    body: Callable[..., None], *operands: Array | jax.Ref, name: str, grid: dict[str, int], threads: int,
+    out_type: Any, scratch: tuple[Any, ...], interpret: Any,
+) -> Any:
+    """A kernel of `threads` warpgroups a program; `name` is what profiles show."""
+    body.__name__ = name
+    return plgpu.kernel(
+        body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()), grid_names=tuple(grid),
+        num_threads=threads, thread_name="warpgroup", interpret=interpret,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
