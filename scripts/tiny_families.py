@@ -64,6 +64,10 @@ TINY: dict[str, Tiny] = {
         fields=dict(sliding_window=WINDOW, head_dim=16),
     ),
     "mistral": Tiny(model="MistralForCausalLM", shows="no window", fields=dict(sliding_window=None)),
+    "qwen2": Tiny(
+        model="Qwen2ForCausalLM", shows="biases of q, k, v; windows from the second layer on",
+        fields=dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    ),
     "qwen3": Tiny(model="Qwen3ForCausalLM", shows="norms of heads", fields=dict(head_dim=16)),
     "phi3": Tiny(model="Phi3ForCausalLM", shows="fused q, k, v and gate, up; a window",
                  fields=dict(sliding_window=WINDOW)),

@@ -41,6 +41,30 @@ def tiny_llama() -> Path:
     return FIXTURES / "tiny-llama-tied"
 
 
+class Shown:
+    """What passing tests have shown to work in this run: (family, checkpoint, weights format, backend). Mutable."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, str, str, str]] = []
+
+    def note(self, family: str, checkpoint: str, weights: str, backend: str) -> None:
+        self.records.append((family, checkpoint, weights, backend))
+
+    def names(self, weights: str) -> set[str]:
+        """Checkpoints that were read from that format."""
+        return {checkpoint for _, checkpoint, of, _ in self.records if of == weights}
+
+
+@pytest.fixture(scope="session")
+def shown() -> Shown:
+    """Collects what docs/models.md may claim."""
+    return Shown()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write generated pages instead of comparing them")
+
+
 class Server:
     """A real server process on a free port."""
 
