@@ -31,10 +31,13 @@ IGNORABLE = frozenset({
     "initializer_range", "initializer_factor", "gradient_checkpointing", "attention_dropout", "hidden_dropout",
     "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "use_reentrant", "classifier_dropout", "embedding_dropout",
     "residual_dropout", "layerdrop", "init_std", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
-    "aux_loss_alpha", "seq_aux", "embd_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_proj_to_labels", "summary_first_dropout", "reorder_and_upcast_attn",
+    "aux_loss_alpha", "seq_aux", "embd_dropout", "activation_dropout",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "reorder_and_upcast_attn",
     # how training spread the experts; how many tokens more the training predicted (those layers stay unread)
     "ep_size", "num_nextn_predict_layers", "num_mtp_layers",
+    # how a reference implementation computes the same
+    "cache_implementation", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "use_parallel_embedding",
     # token ids and generation defaults: the text side reads them
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id",
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens",
@@ -54,6 +57,10 @@ IGNORABLE_AT: dict[str, tuple[object, ...]] = {
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "use_qk_norm": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "lm_head_bias": (False,),
+    "scale_attn_weights": (True,),
     "use_bidirectional_attention": (False,),
     "mlp_bias": (False,),
     "attention_bias": (False,),

@@ -38,16 +38,18 @@ class Outline:
 
 
 def outline(
-    config: HfConfig, *, head_dim: int | None = None, kv_head_count: int | None = None, epsilon: float = 1e-6,
-    norm: Norm | None = None,
+    config: HfConfig, *, head_dim: int | None = None, kv_head_count: int | None = None,
+    head_count: int | None = None, epsilon: float = 1e-6, norm: Norm | None = None,
 ) -> Outline:
     """Reads the sizes.
 
     Args:
       head_dim, kv_head_count, epsilon: what absent attributes mean; None is width over heads, and one each.
+      head_count: the same, for a family whose configs leave it out; None makes it required.
       norm: where it is not an RMSNorm with `rms_norm_eps`.
     """
-    width, head_count = config.size("hidden_size"), config.size("num_attention_heads")
+    width = config.size("hidden_size")
+    head_count = config.size("num_attention_heads", *(() if head_count is None else (head_count,)))
     return Outline(
         width=width,
         head_count=head_count,
@@ -65,15 +67,16 @@ def gated_mlp(config: HfConfig, *, width: str = "intermediate_size", has_bias: b
 
 def model(
     config: HfConfig, frame: Outline, layers: Sequence[LayerSpec], *, is_tied: bool = False, context: int = 2048,
-    **fields: Any,
+    vocab: int | None = None, **fields: Any,
 ) -> ModelSpec:
     """The frame around the layers.
 
     Args:
-      is_tied, context: what absent `tie_word_embeddings` and `max_position_embeddings` mean.
+      is_tied, context, vocab: what absent `tie_word_embeddings`, `max_position_embeddings` and `vocab_size` mean.
     """
     return ModelSpec(**{
-        "family": config.architecture, "width": frame.width, "vocab_size": config.size("vocab_size"),
+        "family": config.architecture, "width": frame.width,
+        "vocab_size": config.size("vocab_size", *(() if vocab is None else (vocab,))),
         "layers": tuple(layers), "final_norm": frame.norm,
         "is_tied": config.take("tie_word_embeddings", bool, is_tied),
         "context_length": config.context_length(context), "dtype": config.dtype(),

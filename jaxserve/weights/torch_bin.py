@@ -24,7 +24,7 @@ from jaxserve.core.errors import WeightsError
 from jaxserve.weights.files import RANK_MAX, StoredTensor, empty, foreign, is_size, map_file
 from jaxserve.weights.torch_pickle import PickleError, Storage, TensorView, interpret
 
-PICKLE_BYTES_MAX = 64 << 20     # names and shapes alone: 100,000 tensors take about 20 MB
+PICKLE_BYTES_MAX = 16 << 20     # names and shapes alone: 80,000 tensors; and what a hostile one makes of them
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 # Scalar types of torch and their older storage classes.

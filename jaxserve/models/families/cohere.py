@@ -31,5 +31,11 @@ def spec(config: HfConfig) -> ModelSpec:
         )
         for span in spans
     ]
+    for name, value in (
+        ("layer_switch", pattern), ("order_of_interleaved_layers", "local_attn_first"),
+        ("position_embedding_type", "rope_gptj"), ("rotary_pct", 1.0), ("use_embedding_sharing", True),
+        ("use_gated_activation", True), ("use_parallel_block", True),
+    ):
+        config.expect(name, value)
     scale = config.take("logit_scale", float, 0.0625)
     return model(config, frame, layers, is_tied=True, context=8192, logit_scale=scale)

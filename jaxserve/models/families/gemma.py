@@ -28,6 +28,7 @@ def gemma(config: HfConfig) -> ModelSpec:
 
 def gemma2(config: HfConfig) -> ModelSpec:
     """Every other layer slides; scores and logits are capped."""
+    config.take("sliding_window_size", int, None)      # sliding_window once more
     frame = _frame(config)
     spans = config.spans(frame.layer_count, lambda i: KINDS[(i + 1) % 2], window=4096)
     ropes = dict.fromkeys(KINDS, config.rope(frame.head_dim))
@@ -38,7 +39,7 @@ def gemma2(config: HfConfig) -> ModelSpec:
 
 def gemma3(config: HfConfig) -> ModelSpec:
     """Five of six layers slide, with a rope of their own; heads of q and k are normalised."""
-    frame = _frame(config)
+    frame = _frame(config, head_count=8)
     pattern = config.size("sliding_window_pattern", config.size("_sliding_window_pattern", 6))
     spans = config.spans(frame.layer_count, lambda i: KINDS[min(1, (i + 1) % pattern)], window=4096)
     ropes = config.ropes(frame.head_dim, KINDS, theta=1e6)
@@ -50,7 +51,7 @@ def gemma3(config: HfConfig) -> ModelSpec:
         head_norm=HeadNorm(norm=frame.norm, over="head"),
     )
     cap = config.take("final_logit_softcapping", float, None)
-    return _model(config, frame, layers, context=131072, logit_cap=cap)
+    return _model(config, frame, layers, context=131072, vocab=262208, logit_cap=cap)
 
 
 def gemma3_text_part(config: HfConfig) -> ModelSpec:
@@ -60,9 +61,9 @@ def gemma3_text_part(config: HfConfig) -> ModelSpec:
     return gemma3(config.part("text_config", unused=images))
 
 
-def _frame(config: HfConfig, kv_head_count: int = 4) -> Outline:
+def _frame(config: HfConfig, *, kv_head_count: int = 4, head_count: int | None = None) -> Outline:
     norm = RmsNorm(epsilon=config.take("rms_norm_eps", float, 1e-6), offset=1.0)
-    return outline(config, head_dim=256, kv_head_count=kv_head_count, norm=norm)
+    return outline(config, head_dim=256, kv_head_count=kv_head_count, head_count=head_count, norm=norm)
 
 
 def _biases(config: HfConfig) -> dict[str, bool]:
@@ -74,8 +75,10 @@ def _layers(
     config: HfConfig, frame: Outline, spans: list[Span], ropes: dict[str, Rope], **attention: Any
 ) -> list[Any]:
     """Norms before and after both attention and MLP."""
+    config.take("hidden_act", str, None)      # hidden_activation under its first name, which is not what counts
     mlp = GatedMlp(
-        width=config.size("intermediate_size"), activation=config.activation("hidden_activation", "gelu_pytorch_tanh")
+        width=config.size("intermediate_size", 9216),
+        activation=config.activation("hidden_activation", "gelu_pytorch_tanh"),
     )
     attention |= _biases(config) | {"scale": config.take("query_pre_attn_scalar", float, 256.0) ** -0.5}
     return [

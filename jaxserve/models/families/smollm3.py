@@ -18,6 +18,7 @@ def spec(config: HfConfig) -> ModelSpec:
     turns = config.take("no_rope_layers", list, [int((i + 1) % interval != 0) for i in range(frame.layer_count)])
     if len(turns) < frame.layer_count:
         raise ModelError(f"config.json: no_rope_layers has {len(turns)} entries for {frame.layer_count} layers")
+    config.take("max_window_layers", int, None)      # copied from Qwen, where it means something
     is_windowed = config.take("use_sliding_window", bool, False)
     spans = config.spans(
         frame.layer_count, lambda i: "sliding_attention" if is_windowed and not turns[i] else "full_attention"

@@ -19,6 +19,7 @@ def spec(config: HfConfig) -> ModelSpec:
     has_bias, rope = config.take("use_bias", bool, True), config.rope(frame.head_dim)
     config.expect("norm_type", "layer_norm")
     config.expect("mlp_type", "default")
+    config.take("activation_function", str, None)    # hidden_act once more
     mlp = PlainMlp(
         width=config.size("intermediate_size"), activation=config.activation(default="gelu_pytorch_tanh"),
         has_bias=has_bias,
