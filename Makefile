@@ -10,7 +10,7 @@ DEMO := $(CACHE)/models/SmolLM2-135M-Instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-model serve test test-all smoke smoke-other check bench docs lock clean
+.PHONY: help install demo demo-model serve test test-all smoke smoke-other check kernels-check bench docs lock clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -62,6 +62,20 @@ check: $(VENV)/.installed-dev  ## style, import law, types of the control plane,
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 
+# The versions that docs/kernels.md was written with: ptxas decides about registers. 270 MB, no driver, no CUDA libraries.
+KERNELS := .venv-kernels
+$(KERNELS)/.installed: constraints.txt
+	@test -n "$$(scripts/find_python.sh 3.12)" || { echo "no Python 3.12 found: jax >= 0.11, and with it Mosaic GPU, needs it"; exit 1; }
+	"$$(scripts/find_python.sh 3.12)" -m venv $(KERNELS)
+	$(KERNELS)/bin/pip install -q --disable-pip-version-check -c constraints.txt jax
+	jax="$$($(KERNELS)/bin/python -c 'import jax; print(jax.__version__)')"; \
+	$(KERNELS)/bin/pip install -q --disable-pip-version-check --no-deps "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" \
+	  nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm==13.2.78
+	@touch $@
+
+kernels-check: $(KERNELS)/.installed  ## compile the GPU kernels for an H200 without one: no spills, as docs/kernels.md says
+	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_kernels.py $(ARGS)
+
 bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)
 	$(BIN)/python scripts/bench_kernels.py
@@ -75,4 +89,4 @@ lock: $(VENV)/.installed-dev  ## write constraints.txt from what is installed in
 	$(BIN)/python scripts/lock.py $(VENV) .venv-3.11
 
 clean:  ## remove what the verbs made here (the caches in ~/.cache/jaxserve stay)
-	rm -rf $(VENV) .venv-3.11 build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) .venv-3.11 $(KERNELS) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

@@ -17,7 +17,7 @@ from jax import Array
 
 JAX_VERSION_MIN = (0, 11)
 HEAD_DIMS = (64, 128, 256)
-PAGE_SIZES = (8, 16, 32, 64, 128)    # a TMA copy must end at a tile of 8 rows; a block of context is whole pages
+PAGE_SIZES = (16, 32, 64, 128)       # copies of smaller pages are many: their addresses spill the loader's registers
 GROUP_MAX = 64
 MULTIPROCESSORS = 132                # of an H100 SXM and an H200: one resident program each
 SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the rest is for barriers and reductions
@@ -45,8 +45,9 @@ def refusals(q_TNH: Array, k_PKSH: Array) -> list[str]:
     found = [*_environment_refusals()]
     if H not in HEAD_DIMS:
         found.append(f"head dimension {H} is none of {', '.join(map(str, HEAD_DIMS))}")
-    if S not in PAGE_SIZES:
-        found.append(f"page size {S} is none of {', '.join(map(str, PAGE_SIZES))}")
+    allowed = [size for size in PAGE_SIZES if size <= block_slots(H)]
+    if S not in allowed:
+        found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (at heads of {H})")
     if N // K > GROUP_MAX:
         found.append(f"{N // K} query heads a kv head are more than {GROUP_MAX}")
     if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
@@ -80,10 +81,14 @@ def blocks(op: str, head_dim: int, page_size: int, fixed_bytes: int = 0) -> Bloc
     measured = _tuned(target_kind(), op).get(f"{head_dim}x{page_size}")
     if measured is not None:
         return Blocks(**measured)
-    # 32 KiB a block up to heads of 128: two or three of them hide the latency of memory.
-    context = 128 if head_dim <= 128 else 64
+    context = block_slots(head_dim)
     pair_bytes = 2 * context * head_dim * 2
     return Blocks(context=context, stages=min(6, (SHARED_BYTES_MAX - fixed_bytes) // pair_bytes))
+
+
+def block_slots(head_dim: int) -> int:
+    """Context slots of a block, which is whole pages: 32 KiB from heads of 128 on; two or three hide the latency."""
+    return 128 if head_dim <= 128 else 64
 
 
 @functools.cache

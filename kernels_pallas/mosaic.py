@@ -21,7 +21,6 @@ from jax.typing import DTypeLike
 LOG2E = math.log2(math.e)        # the kernels' softmax is to base 2: one instruction, ex2
 NOTHING = -1e30                  # finite, so that NOTHING - NOTHING is 0 and not NaN
 CLEARED_COLUMNS = 64             # at once: a whole block of heads of 256 would not fit into the registers left
-LOADER_REGISTERS, MATH_REGISTERS = 40, 232   # of a thread; a loader computes addresses only
 
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -121,11 +120,15 @@ def product(shape: tuple[int, int], lhs: Ref, rhs: Ref) -> Array:
 
 
 def base_two_scores(dot: Array, *, scale: float, soft_cap: float | None) -> Array:
-    """Scores to base 2. tanh goes through ex2: the approximate instruction for it is off by 5e-4, times the cap."""
+    """Scores to base 2.
+
+    tanh(x) = 1 - 2 / (e^2x + 1): the approximate instruction for tanh is off by 5e-4, times the cap. The quotient goes
+    through log2 and exp2, an instruction each; a division costs registers that heads of 256 do not have.
+    """
     if soft_cap is None:
         return dot * (scale * LOG2E)
-    tanh = 1.0 - 2.0 / (jnp.exp2(dot * (2 * LOG2E * scale / soft_cap)) + 1.0)
-    return tanh * (soft_cap * LOG2E)
+    top = soft_cap * LOG2E
+    return top - jnp.exp2(math.log2(2 * top) - jnp.log2(jnp.exp2(dot * (2 * LOG2E * scale / soft_cap)) + 1.0))
 
 
 def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:

@@ -31,6 +31,7 @@ from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, Ref, Ring, along,
 from kernels_pallas.work import AttentionWork
 
 ATTEND, LOAD = 0, 1     # the warpgroups of a program
+LOADER_REGISTERS, MATH_REGISTERS = 40, 232   # of a thread; a loader computes addresses only
 PIECES_AT_ONCE = 4      # loads in flight of one combining program
 
 
@@ -183,7 +184,7 @@ def _unit(refs: _Refs, options: _Options, index: Array) -> _Unit:
 
 def _load(refs: _Refs, options: _Options) -> None:
     """The loader: queries of each unit, and its keys and values as far ahead as the rings allow."""
-    plgpu.set_max_registers(mosaic.LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
     def load_unit(index: Array, turn: Array) -> Array:
         unit = _unit(refs, options, index)
@@ -210,7 +211,7 @@ def _load(refs: _Refs, options: _Options) -> None:
 
 def _attend_units(refs: _Refs, options: _Options) -> None:
     """The other warpgroup: online softmax over each unit's blocks; results go from registers to memory."""
-    plgpu.set_max_registers(mosaic.MATH_REGISTERS, action="increase")
+    plgpu.set_max_registers(MATH_REGISTERS, action="increase")
     plgpu.barrier_arrive(refs.q_empty)
     C, G, H = options.blocks.context, options.padded_group, options.head_dim
 

@@ -32,6 +32,7 @@ from kernels_pallas.work import SPAN_TOKENS, TILE_TOKENS, AttentionWork
 HALF = 64                # (token, head) rows of one computing warpgroup: the rows of a wgmma
 ROWS = 2 * HALF          # of a part
 STORED_COLUMNS = 64      # of the output at once: the sum holds half of the registers at heads of 256
+LOADER_REGISTERS, MATH_REGISTERS = 24, 240   # of a thread; 24 + 2 * 240 is what three warpgroups have together
 LOAD = 2                 # the warpgroup that copies; 0 and 1 compute
 
 
@@ -228,7 +229,7 @@ def _unit(refs: _Refs, options: _Options, index: Array) -> _Unit:
 
 def _load(refs: _Refs, options: _Options) -> None:
     """The loader: keys and values of each unit, as far ahead as the rings allow."""
-    plgpu.set_max_registers(mosaic.LOADER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
 
     def load_unit(index: Array, turn: Array) -> Array:
         unit = _unit(refs, options, index)
@@ -250,7 +251,7 @@ def _load(refs: _Refs, options: _Options) -> None:
 
 def _attend_units(refs: _Refs, options: _Options, warpgroup: Array) -> None:
     """A computing warpgroup: online softmax of its half of the rows, whose output replaces its queries."""
-    plgpu.set_max_registers(mosaic.MATH_REGISTERS, action="increase")
+    plgpu.set_max_registers(MATH_REGISTERS, action="increase")
     rows = pl.ds(warpgroup * HALF, HALF)
     H = options.head_dim
 

@@ -1,0 +1,185 @@
+"""Compiles the GPU kernels for an H200 without one and compares what ptxas and XLA say with docs/kernels.md.
+
+    make kernels-check                                # with the compiler's wheels, in .venv-kernels
+    make kernels-check ARGS=--write                   # write the table anew
+    make kernels-check ARGS='--case llama'            # only cases with this in their name, nothing compared
+
+Fails on any spilled register, on a page write that copies the pool, and on any figure that differs from the table.
+Needs jax's CUDA plugin and ptxas, no GPU and no driver. Says nothing of speed or of right results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"     # before jax: the plugin is there, its device is not
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from kernels_pallas.kv_write import kv_write
+from kernels_pallas.paged_decode import paged_decode
+from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, head_shape
+from kernels_pallas.work import AttentionWork, work_layout
+
+TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
+PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
+BEGIN, END = "<!-- compiled for an H200: begin -->", "<!-- compiled for an H200: end -->"
+ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
+DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
+HEADER = "| op | shape | page | registers | spilled B | shared KiB | temporaries KiB |\n|---|---|---|---|---|---|---|"
+
+# XLA's GpuTargetConfigProto: what the compiler asks a device for.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024  thread_dim_limit_y: 1024  thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  device_memory_size: 151397597184
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  driver_version: "13.0.0"  runtime_version: "13.0.0"  compile_time_toolkit_version: "13.0.0"  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@functools.cache
+def _mesh() -> jax.sharding.Mesh:
+    """One H200 that is not there."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+    return topologies.make_mesh(topology, (1,), ("x",))
+
+
+def compiled(call: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = ()) -> jax.stages.Compiled:
+    """The executable of a call on arrays of these shapes."""
+    placed = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
+    there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), arrays)
+    with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh):
+        return jax.jit(call, donate_argnums=donated).lower(*there).compile()
+
+
+def attention_rows(name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int) -> Iterator[str]:
+    """A row a kernel of the op."""
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
+    pool = floats((POOL_PAGES, shape.kv_head_count, page, shape.head_dim))
+    arrays = [floats((tokens, shape.head_count, shape.head_dim)), pool, pool, integers((ROWS, PAGES_OF_A_ROW)), work]
+    if shape.has_sinks:
+        arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
+    options = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+
+    def call(*given: Any) -> jax.Array:
+        sink_N = given[5] if shape.has_sinks else None
+        return op(*given[:5], sink_N=sink_N, implementation="mosaic_gpu", **options)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        temporaries = compiled(call, *arrays).memory_analysis().temp_size_in_bytes
+        for report in sorted(Path(folder).glob("*.ptxas")):
+            said = report.read_text()
+            registers = re.search(r"Used (\d+) registers", said)
+            if registers is None:
+                raise RuntimeError(f"ptxas did not report the registers of {report.stem}: {said}")
+            spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
+            resources = report.with_suffix(".resources.txt").read_text()
+            shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+            assert shared is not None, resources
+            kernel = re.sub(r"_\d+$", "", report.stem).removeprefix(f"{name}_")
+            yield (
+                f"| {name}: {kernel} | {shape.name} | {page} | {registers[1]} | {spilled} | {int(shared[1]) // 1024} | "
+                f"{temporaries // 1024} |"
+            )
+
+
+def write_row(shape: HeadShape, page: int, tokens: int) -> str:
+    """The page write through XLA: in place means that the pool is aliased whole and no temporary is as large as it."""
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    pool = floats((POOL_PAGES, shape.kv_head_count, page, shape.head_dim))
+    arrays = (
+        pool, floats((tokens, shape.kv_head_count, shape.head_dim)), integers((ROWS, PAGES_OF_A_ROW)),
+        integers((tokens,)), integers((tokens,)),
+    )
+    executable = compiled(functools.partial(kv_write, implementation="xla"), *arrays, donated=(0,))
+    memory = executable.memory_analysis()
+    if memory.alias_size_in_bytes != pool.size * 2:
+        raise RuntimeError(f"kv_write of {shape.name}: {memory.alias_size_in_bytes} bytes aliased of {pool.size * 2}")
+    whole = re.escape("bf16[" + ",".join(map(str, pool.shape)) + "]")
+    copies = re.findall(rf"= {whole}\S* copy\(", executable.as_text())
+    if copies or memory.temp_size_in_bytes >= 1 << 20:
+        size = memory.temp_size_in_bytes
+        raise RuntimeError(f"kv_write of {shape.name} copies the pool: {copies}, {size} bytes of temporaries")
+    return f"| kv_write (XLA, in place) | {shape.name} | {page} | | | | {memory.temp_size_in_bytes // 1024} |"
+
+
+def missing() -> str | None:
+    """What stands in the way on this machine."""
+    if jax.__version_info__ < (0, 11):
+        return f"Mosaic GPU kernels need jax >= 0.11 (and so Python >= 3.12), this is {jax.__version__}"
+    if not PLUGIN.exists():
+        return "jax's CUDA 13 plugin is not installed here; `make kernels-check` makes an environment with it"
+    return None
+
+
+def rows(wanted: str) -> Iterator[str]:
+    """The table's rows, of the shapes whose name has `wanted` in it."""
+    shapes = [(shape, 16) for shape in HEAD_SHAPES]
+    shapes += [(head_shape(name), 64) for name in ("llama-3.1-8b", "gemma-2-9b-local")]
+    shapes = [(shape, page) for shape, page in shapes if wanted in shape.name]
+    for shape, page in shapes:
+        yield from attention_rows("paged_decode", paged_decode, shape, page, DECODE_TOKENS)
+    for shape, page in shapes:
+        yield from attention_rows("paged_prefill", paged_prefill, shape, page, PREFILL_TOKENS)
+    for shape, page in shapes:
+        yield write_row(shape, page, PREFILL_TOKENS)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", default="", help="only shapes with this in their name; compares nothing")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
+    options = parser.parse_args()
+    if (why := missing()) is not None:
+        print(why)
+        return 2
+    found = []
+    print(HEADER)
+    for row in rows(options.case):
+        print(row, flush=True)
+        found.append(row)
+    spills = [row for row in found if row.split("|")[5].strip() not in ("", "0")]
+    if spills:
+        print("registers are spilled:", *spills, sep="\n")
+        return 1
+    if options.case:
+        return 0
+    page = TABLE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    fresh = "\n".join(["", HEADER, *found, ""])
+    if options.write:
+        TABLE.write_text(before + BEGIN + fresh + END + after, encoding="utf-8")
+    elif table != fresh:
+        print("the table in docs/kernels.md says otherwise; look why, then run with --write")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""One case of a Mosaic GPU kernel in jax's simulator, with races looked for; a process of its own for each.
+
+    python -m tests.kernels.simulator paged_decode grouped-three
+
+The simulator starts a thread a warpgroup and a kernel that forgets an arrival waits for ever, so the caller sets the
+time limit. Slots that no token may see hold NaN. Prints one line of JSON: the largest error against the reference,
+whether every element is finite, whether any race was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import hopper
+from kernels_pallas.work import AttentionWork, plan_work
+
+DECODES = ((2, 0, 1), (0, 15, 1), (4, 16, 1), (1, 299, 1))      # row, tokens before, tokens
+MIXED = ((3, 40, 1), (1, 299, 1), (5, 0, 9), (0, 70, 40))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """A step; decodes are its first entries of one token."""
+
+    entries: tuple[tuple[int, int, int], ...] = MIXED
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    context: int = 64        # slots a block
+    window: int | None = None
+    soft_cap: float | None = None
+    has_sinks: bool = False
+    dtype: str = "bfloat16"
+    shares_pages: bool = False
+    bug: str | None = None   # planted: the check must see it
+
+
+CASES = {
+    "grouped-three": Case(),
+    "window-sinks-soft-cap": Case(heads=8, kv_heads=1, window=50, soft_cap=2.0, has_sinks=True),
+    "decodes-only": Case(entries=DECODES, heads=4, kv_heads=2),
+    "no-group": Case(heads=2, kv_heads=2, head_dim=128),
+    "pair": Case(heads=2, kv_heads=1),
+    "group-of-seven": Case(heads=7, kv_heads=1, has_sinks=True),
+    "group-of-sixteen": Case(heads=16, kv_heads=1, page_size=32),
+    "heads-of-128": Case(heads=4, kv_heads=1, head_dim=128, context=128, page_size=64),
+    "heads-of-256": Case(heads=2, kv_heads=1, head_dim=256, window=64, soft_cap=30.0),
+    "page-of-128": Case(heads=4, kv_heads=1, page_size=128, context=128, window=130),
+    "window-of-one": Case(heads=4, kv_heads=1, window=1),
+    "float16": Case(dtype="float16"),
+    "shared-pages": Case(heads=4, kv_heads=1, shares_pages=True),
+    "nothing-to-do": Case(entries=()),
+    "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
+    "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
+}
+QUICK = ("grouped-three", "window-sinks-soft-cap")
+
+
+def run(op: str, case: Case) -> dict[str, float | bool]:
+    """What the simulated kernel gives beside the reference."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    kernel = importlib.import_module(f"kernels_pallas.{op}.mosaic_gpu")
+    reference = importlib.import_module(f"kernels_pallas.{op}.reference")
+    plant(case.bug)
+    arrays, options = inputs(case)
+    expected = getattr(reference, op)(*arrays, **options)
+    blocks = hopper.Blocks(context=case.context, stages=2, programs=2)
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
+    got = getattr(kernel, op)(*arrays, **options, blocks=blocks, interpret=simulated)
+    error = np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32))
+    return {
+        "error": float(np.nan_to_num(error).max()), "finite": bool(np.isfinite(error).all()), "races": races_found(),
+        "largest": float(jnp.abs(expected).max()),
+    }
+
+
+def inputs(case: Case) -> tuple[tuple[jax.Array | AttentionWork, ...], dict[str, object]]:
+    """The arrays and options of an attention op."""
+    rng = np.random.default_rng(0)
+    S, K, H, R, T = case.page_size, case.kv_heads, case.head_dim, 6, 64
+    M = -(-max((start + count for _, start, count in case.entries), default=1) // S) + 1
+    P = R * M + 3
+    row_A, start_A, count_A = np.array(case.entries, np.int32).reshape(-1, 3).T.copy()
+    page_RM = rng.permutation(P)[: R * M].reshape(R, M).astype(np.int32)
+    if case.shares_pages:
+        page_RM[0] = page_RM[1]
+    decode_count = next((i for i, count in enumerate(count_A) if count > 1), len(count_A))
+    planned = plan_work(
+        row_A=row_A, start_A=start_A, count_A=count_A, decode_count=decode_count, token_count_bucket=T, row_count=R
+    )
+    work = AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()})
+    held_PS = np.zeros((P, S), bool)
+    for row, start, count in case.entries:
+        begin = max(0, start + 1 - case.window) if case.window else 0
+        at = np.arange(begin, start + count)
+        held_PS[page_RM[row, at // S], at % S] = True
+    k_PKSH, v_PKSH = (
+        jnp.asarray(np.where(held_PS[:, None, :, None], rng.normal(size=(P, K, S, H)), np.nan), case.dtype)
+        for _ in range(2)
+    )
+    q_TNH = jnp.asarray(rng.normal(size=(T, case.heads, H)), case.dtype)
+    sink_N = jnp.asarray(rng.normal(size=case.heads), jnp.float32) if case.has_sinks else None
+    options = {"scale": H**-0.5, "window": case.window, "soft_cap": case.soft_cap, "sink_N": sink_N}
+    return (q_TNH, k_PKSH, v_PKSH, jnp.asarray(page_RM), work), options
+
+
+def plant(bug: str | None) -> None:
+    """Breaks the kernels: a check that cannot fail checks nothing."""
+    from kernels_pallas import mosaic
+
+    if bug == "clear_outside":
+        mosaic.clear_outside = lambda *_, **__: None
+    elif bug == "barrier_wait":   # the loader overwrites blocks that are being read
+        known = mosaic.plgpu
+        loader = types.SimpleNamespace(**{name: getattr(known, name) for name in dir(known)})
+        loader.barrier_wait = lambda *_: None
+        mosaic.plgpu = loader
+
+
+def races_found() -> bool:
+    """Of all kernels that this process ran."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # jax has no public name for the finding
+
+    return bool(interpret_pallas_call.get_races().races_found)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", RuntimeWarning)     # the simulator multiplies poison with numpy
+    print(json.dumps(run(sys.argv[1], CASES[sys.argv[2]])))

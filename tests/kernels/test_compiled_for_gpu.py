@@ -1,0 +1,65 @@
+"""The GPU kernels compiled for an H200 that is not there; and that they are refused where they cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas import hopper
+from kernels_pallas.contract import NoImplementationError
+from kernels_pallas.paged_decode import paged_decode
+from scripts.bench_kernels import call_of
+from scripts.check_kernels import missing
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_kernels_compile_without_spills_as_the_table_says() -> None:
+    if (why := missing()) is not None:
+        pytest.skip(why)
+    done = subprocess.run(
+        [sys.executable, "scripts/check_kernels.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
+        capture_output=True, text=True, timeout=280, check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_refusals_name_everything_at_once() -> None:
+    q_TNH = jnp.zeros((4, 130, 96), jnp.float32)
+    k_PKSH = jnp.zeros((2, 2, 12, 96), jnp.bfloat16)
+    found = "; ".join(hopper.refusals(q_TNH, k_PKSH))
+    where = "Hopper" if jax.__version_info__ >= (0, 11) else "jax >= 0.11"
+    for named in (where, "head dimension 96", "page size 12", "65 query heads", "q of float32 over pages of bfloat16"):
+        assert named in found
+
+
+def test_pages_larger_than_a_block_are_refused() -> None:
+    q_TNH = jnp.zeros((4, 8, 256), jnp.bfloat16)
+    pages_PKSH = {size: jnp.zeros((2, 2, size, 256), jnp.bfloat16) for size in (64, 128)}
+    assert not any("page size" in reason for reason in hopper.refusals(q_TNH, pages_PKSH[64]))
+    assert any("none of 16, 32, 64 (at heads of 256)" in reason for reason in hopper.refusals(q_TNH, pages_PKSH[128]))
+
+
+def test_a_named_kernel_never_falls_back() -> None:
+    from kernels_pallas.paged_decode.cases import CASES
+
+    call, arrays = call_of("paged_decode", CASES[0], jnp.dtype(jnp.bfloat16))
+    options = {**call.keywords, "implementation": "mosaic_gpu"}
+    with pytest.raises(NoImplementationError, match=r"paged_decode: no implementation serves.*mosaic_gpu: needs"):
+        paged_decode(*arrays, **options)
+
+
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize(("op", "rows"), [("paged_decode", 0), ("paged_prefill", 128)])
+def test_blocks_fit_into_shared_memory(op: str, rows: int, head_dim: int) -> None:
+    fixed = rows * head_dim * 2
+    blocks = hopper.blocks(op, head_dim, 16, fixed_bytes=fixed)
+    assert blocks.stages >= 2 and blocks.context % 64 == 0
+    assert fixed + blocks.stages * 2 * blocks.context * head_dim * 2 <= hopper.SHARED_BYTES_MAX < 227 * 1024

@@ -1,0 +1,50 @@
+"""The GPU kernels in jax's simulator: right beside the reference, no race, no read of what must not be seen."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.kernels.simulator import CASES, QUICK
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 150     # a case takes 6 to 25 s; a kernel that waits for itself never ends
+OPS = ("paged_decode", "paged_prefill")
+RIGHT = [name for name, case in CASES.items() if case.bug is None]
+BROKEN = [name for name, case in CASES.items() if case.bug is not None]
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason=f"the simulator needs jax >= 0.11 (Python >= 3.12), not {jax.__version__}"
+)
+
+
+def simulate(op: str, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.kernels.simulator", op, name]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in RIGHT])
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_equals_the_reference_without_a_race(op: str, name: str) -> None:
+    done = simulate(op, name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["finite"], "poison was read"
+    assert not found["races"]
+    # One rounding of the output and one of the weights, to 8 bits.
+    assert found["error"] <= 0.01 * max(1.0, found["largest"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("op", OPS)
+def test_the_check_sees_planted_bugs(op: str, name: str) -> None:
+    done = simulate(op, name)
+    if done.returncode == 0:
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["races"] or not found["finite"] or found["error"] > 0.1
