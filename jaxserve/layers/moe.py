@@ -6,6 +6,8 @@ back. No capacity, nothing is dropped: what a token gets depends on that token o
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,12 @@ from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 class MixtureOfExperts(nn.Module):
-    """Rows of `experts_gate_up` [E, 2F, D] are gate, then up."""
+    """Rows of `experts_gate_up` [E, 2F, D] are gate, then up. `implementation` is of the grouped products."""
 
     spec: MoeMlp
     width: int
     dtype: DTypeLike
+    implementation: str = "xla"
 
     def setup(self) -> None:
         spec, dtype, E = self.spec, self.dtype, self.spec.experts.count
@@ -69,11 +72,12 @@ class MixtureOfExperts(nn.Module):
         order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
         count_E = jnp.zeros(spec.count, jnp.int32).at[expert_A].add(1)
         sorted_A = expert_A[order_A]
-        gate_up_AO = grouped_matmul(x_TD[order_A // X], self.gate_up_EOD, count_E, implementation="xla")
+        multiply = functools.partial(grouped_matmul, count_E=count_E, implementation=self.implementation)
+        gate_up_AO = multiply(x_TD[order_A // X], self.gate_up_EOD)
         if spec.has_bias:
             gate_up_AO = gate_up_AO + self.gate_up_bias_EO[sorted_A].astype(jnp.float32)
         hidden_AF = gated(gate_up_AO, spec).astype(self.dtype)
-        out_AD = grouped_matmul(hidden_AF, self.down_EDF, count_E, implementation="xla")
+        out_AD = multiply(hidden_AF, self.down_EDF)
         if spec.has_bias:
             out_AD = out_AD + self.down_bias_ED[sorted_A].astype(jnp.float32)
         place_A = jnp.zeros(T * X, jnp.int32).at[order_A].set(jnp.arange(T * X, dtype=jnp.int32))

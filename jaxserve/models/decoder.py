@@ -38,6 +38,7 @@ class Block(nn.Module):
     width: int
     dtype: DTypeLike
     attend: AttendPort
+    experts: str
 
     def setup(self) -> None:
         spec, width, dtype = self.spec, self.width, self.dtype
@@ -46,7 +47,7 @@ class Block(nn.Module):
         else:
             self.attention = SelfAttention(spec.attention, width, dtype, self.attend)
         if isinstance(spec.mlp, MoeMlp):
-            self.mlp = MixtureOfExperts(spec.mlp, width, dtype)
+            self.mlp = MixtureOfExperts(spec.mlp, width, dtype, self.experts)
         else:
             self.mlp = DenseMlp(spec.mlp, width, dtype)
         self.attention_norm, self.mlp_norm, self.attention_out_norm, self.mlp_out_norm = (
@@ -92,11 +93,12 @@ class Decoder(nn.Module):
     spec: ModelSpec
     dtype: DTypeLike
     attend: AttendPort = paged.attend
+    experts: str = "xla"     # who multiplies a mixture's experts, see kernels_pallas.grouped_matmul
 
     def setup(self) -> None:
         spec, dtype = self.spec, self.dtype
         self.embedding = Vocabulary(spec.vocab_size, spec.width, dtype)
-        self.layers = [Block(layer, spec.width, dtype, self.attend) for layer in spec.layers]
+        self.layers = [Block(layer, spec.width, dtype, self.attend, self.experts) for layer in spec.layers]
         self.final_norm = Normalise(spec.final_norm, spec.width, dtype)
         if spec.positions is not None:
             count = spec.positions.count + spec.positions.offset

@@ -35,7 +35,7 @@ class ProgramSet:
 
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
-        self._model = Decoder(spec=setup.spec, dtype=setup.dtype)
+        self._model = Decoder(spec=setup.spec, dtype=setup.dtype, experts=setup.experts)
         self._leaves, self._tree = self._flat(params)
         self._head_leaves, self._head_tree = self._flat(head_params(params, setup.spec))
         self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)

@@ -1,10 +1,12 @@
 """Grouped matrix product: the first count_E[0] rows meet weight_EOI[0], the next count_E[1] rows weight_EOI[1], …
 
-Contract: sums in float32, given back in float32. Rows past the last group are arbitrary but finite if the input is.
+Contract: sums in float32, given back in float32. Rows past the last group are arbitrary.
 A row's result depends on that row and its weight only.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +14,13 @@ from jax import Array
 from kernels_pallas import contract
 from kernels_pallas.grouped_matmul import reference, xla
 
-_IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+
+def _implementation(name: str) -> Callable[..., Array]:
+    if name == "triton":
+        from kernels_pallas.grouped_matmul import triton  # late: jax warns on import that it is deprecated
+
+        return triton.grouped_matmul
+    return {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}[name]
 
 
 def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, implementation: str | None = None) -> Array:
@@ -21,7 +29,7 @@ def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, implementa
     Args:
       x_TI: rows sorted by group.  weight_EOI: one matrix a group, as checkpoints store it.
       count_E: rows of each group, int32; their sum is at most T.
-      implementation: "xla", "reference", or None for the first that serves the request.
+      implementation: "xla", "reference", "triton" (GPUs, 16-bit values), or None for the first that serves the request.
     """
     found = []
     if x_TI.ndim != 2 or weight_EOI.ndim != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
@@ -31,5 +39,6 @@ def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, implementa
     if x_TI.dtype != weight_EOI.dtype or x_TI.dtype not in contract.FLOATS:
         found.append(f"rows and weights must be alike and float, got {x_TI.dtype} and {weight_EOI.dtype}")
     contract.require("grouped_matmul", found)
-    chosen = contract.choose("grouped_matmul", implementation, {name: list for name in _IMPLEMENTATIONS})
-    return _IMPLEMENTATIONS[chosen](x_TI, weight_EOI, count_E)
+    exact = ["float32 would be rounded to 10 bits by the tensor cores"] if x_TI.dtype == jnp.float32 else []
+    refusals = {"xla": list, "reference": list, "triton": lambda: exact}
+    return _implementation(contract.choose("grouped_matmul", implementation, refusals))(x_TI, weight_EOI, count_E)
