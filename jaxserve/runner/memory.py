@@ -14,7 +14,7 @@ import jax
 
 from jaxserve.core.errors import CapacityError
 from jaxserve.core.model_spec import ModelSpec
-from jaxserve.runner.page_budget import GroupPages, group_pages, most, share
+from jaxserve.runner.page_budget import GroupPages, group_pages, most, share, usual
 
 GIB = 1 << 30
 CPU_POOL_BYTES = 2 * GIB          # KV pages of a CPU server when the user says nothing
@@ -169,7 +169,8 @@ def grant_pages(
         most(group, length=longest, page_size=page_size, row_count=row_count, tokens_max=tokens_max)
         for group in table.groups
     ]
-    counts = share(table.groups, pool_bytes, limits, _on_grid)
+    parts = [usual(group, length=longest, page_size=page_size) for group in table.groups]
+    counts = share(table.groups, pool_bytes, limits, parts, _on_grid)
     table = replace(table, groups=tuple(
         replace(group, page_count=count) for group, count in zip(table.groups, counts, strict=True)
     ))

@@ -99,15 +99,16 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path):
 def test_a_window_gets_what_it_can_hold_and_leaves_the_rest():
     """Two groups of one layer each, one with a window of 20: at most 3 pages a row, and two steps in flight."""
     spec = replace(tiny_spec(window=20), context_length=4096)
-    table = grant(spec=spec, row_count=8, tokens_max=64, pool_bytes_wanted=MIB)
+    table = grant(spec=spec, row_count=8, tokens_max=64, pool_bytes_wanted=3 * MIB)
     everything, window = table.groups
     assert (everything.window, window.window) == (None, 20)
     assert window.page_count == 8 * 3 + 2 * 4
-    assert everything.page_count == (MIB - window.pool_bytes) // everything.page_bytes // 16 * 16
-    assert table.pool_bytes <= MIB and table.length_max == 4096
+    assert everything.page_count == (3 * MIB - window.pool_bytes) // everything.page_bytes // 64 * 64
+    assert table.pool_bytes <= 3 * MIB and table.length_max == 4096
     assert any("window 20" in line for line in table.lines())
-    equal = grant(spec=spec, row_count=8, tokens_max=64, pool_bytes_wanted=20 * PAGE_BYTES)
-    assert [group.page_count for group in equal.groups] == [20, 20], "a small pool is shared equally"
+    tight = grant(spec=replace(spec, context_length=640), row_count=8, tokens_max=64, pool_bytes_wanted=39 * PAGE_BYTES)
+    assert [group.page_count for group in tight.groups] == [60, 18], "as 10 pages of 160 positions to 3 of the window"
+    assert tight.length_max == 640 and tight.concurrency == 60 / 40
     slides = replace(spec, layers=(spec.layers[1],) * 2)
     assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=MIB).length_max == 4096
     assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=2 * PAGE_BYTES).length_max == 32
