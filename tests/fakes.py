@@ -56,6 +56,7 @@ def make_shape(
     slots: int = 2,
     vocab_size: int = 101,
     alternatives_max: int = 8,
+    rope_switch: int | None = None,
 ) -> RunnerShape:
     """A small device; `pages` is for each group or for all alike."""
     counts = [pages] * len(windows) if isinstance(pages, int) else pages
@@ -67,6 +68,7 @@ def make_shape(
         slot_count=slots,
         vocab_size=vocab_size,
         alternatives_max=alternatives_max,
+        rope_switch=rope_switch,
     )
 
 

@@ -58,6 +58,42 @@ size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(json.dumps({"peak": peak - idle, "size": size, "seconds": seconds}))
 """
 
+# Four devices that are one CPU: what each holds while loading goes on, and in the end.
+DEVICES_PROBE = """
+import json, math, sys, threading
+from collections import Counter
+from pathlib import Path
+import jax
+from jaxserve.models.registry import read_spec
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.weights.loader import load_params
+
+def held():
+    found = Counter()
+    for array in jax.live_arrays():
+        for device in array.sharding.device_set:
+            found[device.id] += math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return [found[device.id] for device in jax.devices()]
+
+peak, done = [0] * 4, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = [max(pair) for pair in zip(peak, held())]
+
+folder = Path(sys.argv[1])
+thread = threading.Thread(target=watch)
+thread.start()
+params = load_params(read_spec(folder), folder, make_mesh(jax.devices(), 4), "bfloat16")
+done.set()
+thread.join()
+leaves = jax.tree.leaves(params)
+print(json.dumps({
+    "peak": peak, "end": held(), "largest": max(leaf.nbytes for leaf in leaves),
+    "size": sum(leaf.nbytes for leaf in leaves),
+}))
+"""
+
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
     "num_key_value_heads": 4, "vocab_size": 32000, "tie_word_embeddings": True, "dtype": "bfloat16",
@@ -80,11 +116,14 @@ def synthetic(folder: Path, layer_count: int, dtype: Any = ml_dtypes.bfloat16) -
 
 
 def probe(folder: Path, how: str, dtype: str = "bfloat16") -> dict[str, float]:
+    return run(PROBE, str(folder), how, dtype)
+
+
+def run(script: str, *arguments: str, **environment: str) -> dict[str, Any]:
     search = os.pathsep.join(path for path in sys.path if path)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": search}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(folder), how, dtype], env=environment, capture_output=True, text=True,
-        timeout=280, check=False,
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": search, **environment},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -102,6 +141,15 @@ def test_loading_needs_little_more_than_the_model(small: tuple[Path, int]) -> No
     found = probe(folder, "load")
     assert found["size"] == size
     assert size <= found["peak"] <= size + 100e6, found
+
+
+def test_a_device_never_holds_more_than_its_part_and_one_tensor(small: tuple[Path, int]) -> None:
+    folder, size = small
+    found = run(DEVICES_PROBE, str(folder), XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert found["size"] == size
+    for peak, end in zip(found["peak"], found["end"], strict=True):
+        assert size / 4 <= end <= size / 4 * 1.01, "all but the norms is split"
+        assert 0 < peak <= end + found["largest"], found
 
 
 def test_converting_needs_little_more_than_the_result(small: tuple[Path, int]) -> None:
