@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
+from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.grouped_matmul.cases import GroupedCase
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
@@ -128,6 +132,25 @@ def write_row(shape: HeadShape, page: int, tokens: int) -> str:
     return f"| kv_write (XLA, in place) | {shape.name} | {page} | | | | {memory.temp_size_in_bytes // 1024} |"
 
 
+def grouped_row(case: GroupedCase) -> str:
+    """The experts' product through Triton; it must not copy the stack of weights. XLA reports no registers of it."""
+    rows = case.tokens * case.chosen
+    arrays = (
+        jax.ShapeDtypeStruct((rows, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts, case.width_out, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts,), jnp.int32),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        executable = compiled(functools.partial(grouped_matmul, implementation="triton"), *arrays)
+    if "__gpu$xla.gpu.triton" not in executable.as_text():
+        raise RuntimeError(f"grouped_matmul of {case.name} did not become a Triton kernel")
+    temporaries = executable.memory_analysis().temp_size_in_bytes
+    if temporaries >= 1 << 20:
+        raise RuntimeError(f"grouped_matmul of {case.name}: {temporaries} bytes of temporaries; are weights copied?")
+    return f"| grouped_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
+
+
 def missing() -> str | None:
     """What stands in the way on this machine."""
     if jax.__version_info__ < (0, 11):
@@ -148,6 +171,9 @@ def rows(wanted: str) -> Iterator[str]:
         yield from attention_rows("paged_prefill", paged_prefill, shape, page, PREFILL_TOKENS)
     for shape, page in shapes:
         yield write_row(shape, page, PREFILL_TOKENS)
+    for case in grouped_matmul_cases.CASES:
+        if case.tokens in (16, 512) and wanted in case.model:
+            yield grouped_row(case)
 
 
 def main() -> int:
