@@ -13,6 +13,7 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=ORIGINAL)
+RAMP = dict(rope_theta=100.0, beta_fast=2.0, beta_slow=0.5)     # in heads this small other values meet one pair or none
 LOCAL_GLOBAL = ["sliding_attention", "full_attention"]
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=16)
 MLA = dict(
@@ -51,10 +52,13 @@ def rope(**fields: Any) -> dict[str, Any]:
 
 TINY: dict[str, Tiny] = {
     "llama-2": Tiny(model="LlamaForCausalLM", shows="as many kv heads as heads", fields=dict(num_key_value_heads=4)),
-    "llama-yarn": Tiny(model="LlamaForCausalLM", shows="YaRN", fields=dict(rope_parameters=YARN)),
+    "llama-yarn": Tiny(
+        model="LlamaForCausalLM", shows="YaRN, its ramp between pairs",
+        fields=dict(head_dim=16, rope_parameters=YARN | RAMP),
+    ),
     "llama-yarn-exact": Tiny(
         model="LlamaForCausalLM", shows="YaRN, its ramp not rounded, its own attention factor",
-        fields=rope(**YARN | dict(truncate=False, attention_factor=1.3, beta_fast=8.0, beta_slow=2.0)),
+        fields=dict(head_dim=16, rope_parameters=YARN | RAMP | dict(truncate=False, attention_factor=1.3)),
     ),
     "llama-dynamic": Tiny(
         model="LlamaForCausalLM", shows="dynamic NTK, within its context", fields=rope(rope_type="dynamic", factor=2.0)
@@ -153,7 +157,7 @@ TINY: dict[str, Tiny] = {
     "deepseek-v2": Tiny(
         model="DeepseekV2ForCausalLM", shows="compressed query, experts of the best groups only",
         fields=dict(q_lora_rank=12, topk_method="group_limited_greedy", n_group=4, topk_group=2,
-                    routed_scaling_factor=1.7, **MLA),
+                    routed_scaling_factor=1.7, **MLA | dict(num_experts_per_tok=3)),     # more experts than groups
     ),
     "deepseek-v3": Tiny(
         model="DeepseekV3ForCausalLM", shows="sigmoid routing with a correction, in groups; YaRN with mscale",
