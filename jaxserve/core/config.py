@@ -71,6 +71,7 @@ class CompilationConfig:
     """Programs compiled ahead of time."""
 
     enforce_eager: bool = False                  # fewest buckets
+    batch_invariant: bool = False                # bfloat16 results equal to the bit, whatever else is in the step
     compilation_cache_dir: str | None = None     # None: under the user's cache folder
 
 

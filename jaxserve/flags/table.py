@@ -92,6 +92,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("tensor-parallel-size", "parallel", "int", "devices that share the model; 1 is all there is so far",
          low=1, high=4096, short="-tp"),
     Flag("enforce-eager", "compilation", "bool", "fewest buckets: quick to compile, slower to serve"),
+    Flag("batch-invariant", "compilation", "bool",
+         "bfloat16 results equal to the bit whatever else is computed; one stream is slower. CPU only so far"),
     Flag("compilation-cache-dir", "compilation", "text",
          "where compiled programs are kept; default ~/.cache/jaxserve/xla"),
     Flag("host", "frontend", "text", "address to listen on"),

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from jaxserve.layers.lanes import ROWS_MAX, lane_matmul
+
 
 def matmul(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ in float32."""
+    if weight_OI.dtype.itemsize == 2 and x_TI.shape[0] <= ROWS_MAX:
+        return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul, default=_dot)
+    return _dot(x_TI, weight_OI)
+
+
+def _dot(x_TI: Array, weight_OI: Array) -> Array:
     return jnp.einsum(
         "TI,OI->TO", x_TI, weight_OI, precision=precision_of(weight_OI.dtype), preferred_element_type=jnp.float32
     )

@@ -6,11 +6,28 @@ so every legal step has a bucket.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
-BUCKET_MIN = 2         # one-row dots take a scalar path 20-40 times slower on XLA's CPU backend
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.model_spec import LatentAttention, ModelSpec, MoeMlp
+from jaxserve.layers import lanes
+
 SERVING_TOKENS = 64    # tokens a step while the rest is still being compiled
 EAGER_TOKENS = 64      # below this, --enforce-eager has one bucket for everything
+SAVING_MIN = 0.2       # what a bucket must save against the next larger one, to be worth compiling and loading
+
+ROUND_SIZES = (1, *sorted(size << bit for size in (2, 3) for bit in range(20)))    # what kernels like
+
+Costs = tuple[tuple[int, float], ...]     # (size, cost of a step), straight in between and after the last
+
+# Milliseconds of SmolLM2 on two CPU cores (docs/log.md); other dense models differ by a factor.
+CPU_TOKENS: Costs = (
+    (1, 13), (2, 18), (3, 31), (8, 33), (16, 40), (32, 50), (64, 80), (128, 136), (256, 253), (512, 518)
+)
+CPU_ROWS: Costs = ((1, 2), (2, 3.4), (8, 5.5), (16, 7.3), (64, 22))
+# Computed, not measured: weights read once, and 206 16-bit tokens take a Hopper as long to multiply as to read them.
+GPU: Costs = ((1, 1 + 1 / 206), (206, 2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +41,7 @@ class Buckets:
 
     def __post_init__(self) -> None:
         for sizes in (self.tokens, self.rows):
-            assert sizes and list(sizes) == sorted(set(sizes)) and sizes[0] >= BUCKET_MIN, sizes
+            assert sizes and list(sizes) == sorted(set(sizes)) and sizes[0] >= 1, sizes
 
     @property
     def tokens_max(self) -> int:
@@ -52,20 +69,56 @@ def holder(sizes: tuple[int, ...], count: int) -> int:
     raise ValueError(f"{count} is above the largest bucket {sizes[-1]}")
 
 
-def choose_buckets(*, tokens_max: int, rows_max: int, is_eager: bool) -> Buckets:
-    """Powers of two, thinned where a neighbour costs about the same; `--enforce-eager` keeps two and one.
+def choose_buckets(*, tokens_max: int, rows_max: int, size_min: int, is_cpu: bool, is_eager: bool) -> Buckets:
+    """As many sizes as save time, by the measured cost of a step; `--enforce-eager` keeps two and one.
 
-    >>> choose_buckets(tokens_max=512, rows_max=64, is_eager=False)
-    Buckets(tokens=(2, 8, 16, 32, 64, 128, 256, 512), rows=(2, 8, 16, 32, 64))
+    >>> choose_buckets(tokens_max=512, rows_max=64, size_min=1, is_cpu=True, is_eager=False)
+    Buckets(tokens=(1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512), rows=(1, 4, 8, 16, 24, 32, 48, 64))
+
+    Args:
+      size_min: of any bucket, see `smallest_size`.
     """
-    tokens_max, rows_max = max(tokens_max, BUCKET_MIN), max(rows_max, BUCKET_MIN)
+    tokens_max, rows_max = max(tokens_max, size_min), max(rows_max, size_min)
     if is_eager:
         tokens = (tokens_max,) if tokens_max <= EAGER_TOKENS else (EAGER_TOKENS, tokens_max)
         return Buckets(tokens=tokens, rows=(rows_max,))
-    return Buckets(tokens=_powers(tokens_max), rows=_powers(rows_max))
+    return Buckets(
+        tokens=_worthwhile(size_min, tokens_max, CPU_TOKENS if is_cpu else GPU),
+        rows=_worthwhile(size_min, rows_max, CPU_ROWS if is_cpu else GPU),
+    )
 
 
-def _powers(size_max: int) -> tuple[int, ...]:
-    """2, then every power of two from 8 (two to eight rows cost nearly the same), then the maximum itself."""
-    sizes = [2, *(1 << bit for bit in range(3, size_max.bit_length()))]
-    return tuple(sorted({size for size in sizes if size < size_max} | {size_max}))
+def smallest_size(spec: ModelSpec, *, itemsize: int, is_cpu: bool, batch_invariant: bool) -> int:
+    """The smallest bucket of tokens and rows.
+
+    One row of bfloat16 is a trap of XLA's CPU dots (20-40 times slower), which `layers.lanes` avoids for up to two rows
+    of a linear layer, and nobody for the products of latent attention and of experts. Lanes add in another order than
+    dots: bit-equal results need sizes beyond them.
+    """
+    if batch_invariant and not is_cpu:
+        raise ConfigError("batch-invariant: bit-equal results are not built yet for GPUs; leave the flag away")
+    if not is_cpu or itemsize != 2:
+        return 2
+    if batch_invariant:
+        return lanes.ROWS_MAX + 1
+    if any(isinstance(layer.attention, LatentAttention) or isinstance(layer.mlp, MoeMlp) for layer in spec.layers):
+        return 2
+    return 1
+
+
+def _worthwhile(size_min: int, size_max: int, costs: Costs) -> tuple[int, ...]:
+    """From the largest downwards, each saves SAVING_MIN of the one before; and the smallest."""
+    sizes = [size_max]
+    while True:
+        affordable = (1 - SAVING_MIN) * _cost(sizes[-1], costs)
+        smaller = [size for size in ROUND_SIZES if size_min <= size and _cost(size, costs) <= affordable]
+        if not smaller:
+            return tuple(sorted({size_min, *sizes}))
+        sizes.append(smaller[-1])
+
+
+def _cost(size: int, costs: Costs) -> float:
+    """Interpolated."""
+    index = min(max(1, bisect.bisect_left(costs, (size, 0.0))), len(costs) - 1)
+    (size_a, cost_a), (size_b, cost_b) = costs[index - 1], costs[index]
+    return cost_a + (size - size_a) * (cost_b - cost_a) / (size_b - size_a)

@@ -7,6 +7,7 @@ Invariant: everything that could fail for want of memory has been weighed here, 
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import KvGroupShape, RunnerShape
 from jaxserve.runner import rows
-from jaxserve.runner.buckets import Buckets, choose_buckets
+from jaxserve.runner.buckets import Buckets, choose_buckets, smallest_size
 from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
 from jaxserve.runner.executable_store import ExecutableStore, default_folder
@@ -49,16 +50,21 @@ def plan_memory(
     """
     device = mesh.devices.flat[0]
     budget = device_budget(device, utilization=config.cache.gpu_memory_utilization)
-    row_count, tokens_max = _step_sizes(config, spec, is_cpu=device.platform == "cpu")
+    is_cpu = device.platform == "cpu"
+    row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
+    size_min = smallest_size(
+        spec, itemsize=jnp.dtype(dtype).itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
+    )
+    buckets = functools.partial(
+        choose_buckets, rows_max=row_count, size_min=size_min, is_cpu=is_cpu, is_eager=config.compilation.enforce_eager
+    )
     setup = _setup(
         spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
-        buckets=choose_buckets(
-            tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager
-        ),
+        buckets=buckets(tokens_max=tokens_max),
         store=_store(config.compilation.compilation_cache_dir), budget=budget,
     )
     # On the CPU temporaries are malloc'd as they come, out of the reserve.
-    temporaries = 0 if device.platform == "cpu" else _measure_temporaries(setup, params)
+    temporaries = 0 if is_cpu else _measure_temporaries(setup, params)
     memory = grant_pages(
         spec=spec, budget=budget, weight_bytes=_device_bytes(params), temporary_bytes=temporaries,
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
@@ -66,11 +72,11 @@ def plan_memory(
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
     )
     if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens is None:
-        tokens_max = min(tokens_max, max(_tokens_max_default(device.platform == "cpu"), row_count, memory.length_max))
+        tokens_max = min(tokens_max, max(_tokens_max_default(is_cpu), row_count, memory.length_max))
     return replace(
         setup, memory=memory,
         shape=_shape(setup.shape, [group.page_count for group in memory.groups], memory.length_max),
-        buckets=choose_buckets(tokens_max=tokens_max, rows_max=row_count, is_eager=config.compilation.enforce_eager),
+        buckets=buckets(tokens_max=tokens_max),
     )
 
 

@@ -65,19 +65,46 @@ def test_a_default_pool_yields_to_what_is_left():
     assert grant(budget=budget, weight_bytes=67 * MIB).groups[0].page_count == 512
 
 
+def buckets_of(tokens_max, rows_max, *, size_min=1, is_cpu=True, is_eager=False):
+    return choose_buckets(
+        tokens_max=tokens_max, rows_max=rows_max, size_min=size_min, is_cpu=is_cpu, is_eager=is_eager
+    )
+
+
 def test_buckets_are_few_and_end_at_the_maxima():
-    buckets = choose_buckets(tokens_max=1000, rows_max=48, is_eager=False)
-    assert buckets.tokens == (2, 8, 16, 32, 64, 128, 256, 512, 1000)
-    assert buckets.rows == (2, 8, 16, 32, 48)
-    assert choose_buckets(tokens_max=1000, rows_max=48, is_eager=True) == Buckets(tokens=(64, 1000), rows=(48,))
-    assert choose_buckets(tokens_max=1, rows_max=1, is_eager=False) == Buckets(tokens=(2,), rows=(2,))
-    assert [holder(buckets.tokens, count) for count in (1, 2, 3, 64, 65, 1000)] == [2, 2, 8, 64, 128, 1000]
+    buckets = buckets_of(1000, 48, size_min=2)
+    assert buckets.tokens == (2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
+    assert buckets.rows == (2, 4, 8, 16, 24, 32, 48)
+    assert buckets_of(1000, 48, is_eager=True) == Buckets(tokens=(64, 1000), rows=(48,))
+    assert buckets_of(1, 1, size_min=2) == Buckets(tokens=(2,), rows=(2,))
+    assert [holder(buckets.tokens, count) for count in (1, 2, 3, 64, 65, 1000)] == [2, 2, 4, 64, 96, 1000]
     with pytest.raises(ValueError, match="above the largest"):
         holder(buckets.tokens, 1001)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_padding_to_the_next_bucket_never_nearly_doubles_a_step(is_cpu):
+    from jaxserve.runner.buckets import CPU_TOKENS, GPU, _cost
+
+    costs, buckets = CPU_TOKENS if is_cpu else GPU, buckets_of(8192, 256, is_cpu=is_cpu)
+    for count in range(1, 8193, 7):
+        assert _cost(holder(buckets.tokens, count), costs) <= 1.6 * _cost(count, costs), count
+
+
+def test_one_row_has_a_bucket_only_where_lanes_multiply_it(tmp_path):
+    from jaxserve.runner.buckets import smallest_size
+
+    spec = tiny_spec()
+    assert smallest_size(spec, itemsize=2, is_cpu=True, batch_invariant=False) == 1
+    assert smallest_size(spec, itemsize=2, is_cpu=True, batch_invariant=True) == 3
+    assert smallest_size(spec, itemsize=4, is_cpu=True, batch_invariant=True) == 2
+    assert smallest_size(spec, itemsize=2, is_cpu=False, batch_invariant=False) == 2
+    with pytest.raises(ConfigError, match="batch-invariant: .* not built yet for GPUs"):
+        smallest_size(spec, itemsize=2, is_cpu=False, batch_invariant=True)
+
+
 def test_the_serving_set_is_one_bucket_of_each_kind():
-    buckets = choose_buckets(tokens_max=512, rows_max=64, is_eager=False)
+    buckets = buckets_of(512, 64)
     assert buckets.serving(whole_prompts=False) == Buckets(tokens=(64,), rows=(8,))
     assert buckets.serving(whole_prompts=True) == Buckets(tokens=(512,), rows=(8,))
 
