@@ -137,7 +137,8 @@ def _plan(config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype:
     from jaxserve.models.decoder import abstract_params
     from jaxserve.runner.start import plan_memory
 
-    return plan_memory(spec=spec, params=abstract_params(spec, dtype, mesh), mesh=mesh, dtype=dtype, config=config)
+    params = abstract_params(spec, dtype, mesh, config.model.quantization)
+    return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config)
 
 
 def _params(
@@ -146,10 +147,12 @@ def _params(
     if config.load.load_format == "dummy":
         from jaxserve.weights.random import random_params
 
-        return random_params(spec, mesh, dtype, config.model.seed)
+        return random_params(spec, mesh, dtype, config.model.seed, config.model.quantization)
     from jaxserve.weights.loader import load_params
 
-    return load_params(spec, folder, mesh, dtype, progress, config.load.load_format)
+    return load_params(
+        spec, folder, mesh, dtype, progress, config.load.load_format, config.model.quantization
+    )
 
 
 def _info(config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, dtype: str) -> EngineInfo:

@@ -20,6 +20,7 @@ class ModelConfig:
     hf_token: str | None = None
     hf_overrides: dict[str, object] = field(default_factory=dict)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["int8"] | None = None
     max_model_len: int | None = None            # None: as much as fits, at most the model's own
     seed: int = 0
     skip_tokenizer_init: bool = False

@@ -27,8 +27,7 @@ REASONS: tuple[tuple[str, str], ...] = (
      "max-parallel-loading-workers disable-custom-all-reduce",
      f"an executor to choose {_NEVER}: one process drives all devices of a machine"),
     # weights and their types
-    ("quantization allow-deprecated-quantization",
-     f"quantised serving {_LATER}; leave the flag away and serve an unquantised checkpoint"),
+    ("allow-deprecated-quantization", f"a deprecated scheme to allow {_NEVER}: there is none"),
     ("kv-cache-dtype kv-cache-dtype-skip-layers calculate-kv-scales",
      f"a KV cache of another type than the model's {_LATER}"),
     ("cpu-offload-gb", f"offloading weights {_LATER}; choose a model that fits"),
@@ -128,7 +127,7 @@ SHORT_UNSUPPORTED: dict[str, str] = {
     "-dpr": "data-parallel-start-rank", "-dpl": "data-parallel-size-local", "-dpa": "data-parallel-address",
     "-dpp": "data-parallel-rpc-port", "-dpb": "data-parallel-backend", "-dph": "data-parallel-hybrid-lb",
     "-dpe": "data-parallel-external-lb", "-dcp": "decode-context-parallel-size",
-    "-pcp": "prefill-context-parallel-size", "-ep": "enable-expert-parallel", "-q": "quantization",
+    "-pcp": "prefill-context-parallel-size", "-ep": "enable-expert-parallel",
     "-sc": "speculative-config", "-cc": "compilation-config", "-ac": "attention-config", "-asc": "api-server-count",
     "-n": "nnodes", "-r": "node-rank",
 }

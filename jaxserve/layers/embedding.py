@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxserve.layers.linear import matmul
+from jaxserve.layers.linear import matmul, matrix
+from jaxserve.quantization.qtensor import QTensor
 
 
 class Vocabulary(nn.Module):
@@ -23,13 +24,14 @@ class Vocabulary(nn.Module):
     axis: str = "vocab"
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (self.axis, "width"))
-        self.weight_VD = self.param("weight", init, (self.size, self.width), self.dtype)
+        self.weight_VD = matrix(self, (self.size, self.width), (self.axis, "width"), self.dtype)
         if self.has_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
             self.bias_V = self.param("bias", init, (self.size,), self.dtype)
 
     def embed(self, id_T: Array) -> Array:
+        if isinstance(self.weight_VD, QTensor):
+            return self.weight_VD.take(id_T).astype(self.dtype)
         # "clip" spares the compare-and-fill of the default mode; ids are in range.
         return jnp.take(self.weight_VD, id_T, axis=0, mode="clip")
 

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from jaxserve.layers.lanes import ROWS_MAX, lane_matmul
+from jaxserve.quantization.qtensor import QTensor
+from kernels_pallas.lanes import ROWS_MAX, lane_matmul
 
 
-def matmul(x_TI: Array, weight_OI: Array) -> Array:
+def matmul(x_TI: Array, weight_OI: Array | QTensor) -> Array:
     """x · weightᵀ in float32."""
+    if isinstance(weight_OI, QTensor):
+        return weight_OI.matmul(x_TI)
     if weight_OI.dtype.itemsize == 2 and x_TI.shape[0] <= ROWS_MAX:
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul, default=_dot)
     return _dot(x_TI, weight_OI)
@@ -33,6 +36,15 @@ def precision_of(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def matrix(
+    module: nn.Module, shape: tuple[int, int], axes: tuple[str | None, str], dtype: DTypeLike
+) -> Array | QTensor:
+    """The module's parameter "weight": as it was loaded, which may be packed."""
+    if module.is_initializing():
+        return module.param("weight", nn.with_logical_partitioning(nn.initializers.normal(0.02), axes), shape, dtype)
+    return module.get_variable("params", "weight")
+
+
 class Linear(nn.Module):
     """x · weightᵀ + bias, added in float32. `axes` are the logical names of (out, in)."""
 
@@ -43,8 +55,7 @@ class Linear(nn.Module):
     has_bias: bool = False
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        self.weight_OI = self.param("weight", init, (self.width_out, self.width_in), self.dtype)
+        self.weight_OI = matrix(self, (self.width_out, self.width_in), self.axes, self.dtype)
         if self.has_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
             self.bias_O = self.param("bias", init, (self.width_out,), self.dtype)

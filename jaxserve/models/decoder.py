@@ -28,6 +28,7 @@ from jaxserve.layers.mlp import DenseMlp
 from jaxserve.layers.moe import MixtureOfExperts
 from jaxserve.layers.norm import Normalise
 from jaxserve.layers.rope import Rotation, rotation
+from jaxserve.quantization import online
 from jaxserve.sharding import rules
 
 
@@ -153,11 +154,15 @@ class Decoder(nn.Module):
         return self.logits(hidden_TD)
 
 
-def abstract_params(spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The parameter tree as shapes, dtypes and, given a mesh, placements.
+def abstract_params(
+    spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None, quantization: online.Method | None = None
+) -> dict[str, Any]:
+    """The parameter tree as shapes, dtypes and, given a mesh, placements; packed where `quantization` says so.
 
-    It is *the* source for loading, dummy weights, memory planning and compiling.
+    It is *the* source for loading, dummy weights, memory planning and compiling. Raises ConfigError where the method
+    does not cover the model.
     """
+    online.check(spec, quantization)
     context = StepContext(position_T=jnp.zeros(2, jnp.int32), row_T=None, page_RM=(), work=None)
     model = Decoder(spec=spec, dtype=dtype, attend=_no_attention)
     boxed = jax.eval_shape(
@@ -171,7 +176,8 @@ def abstract_params(spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None)
         sharding = None if mesh is None else rules.sharding(mesh, box.names)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
 
-    return jax.tree.map(place, boxed["params"], is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    plain = jax.tree.map(place, boxed["params"], is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    return online.packed(plain, quantization)
 
 
 def _no_attention(

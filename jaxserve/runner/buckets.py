@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import LatentAttention, ModelSpec, MoeMlp
-from jaxserve.layers import lanes
+from kernels_pallas import lanes
 
 SERVING_TOKENS = 64    # tokens a step while the rest is still being compiled
 EAGER_TOKENS = 64      # below this, --enforce-eager has one bucket for everything
@@ -91,9 +91,9 @@ def choose_buckets(*, tokens_max: int, rows_max: int, size_min: int, is_cpu: boo
 def smallest_size(spec: ModelSpec, *, itemsize: int, is_cpu: bool, batch_invariant: bool) -> int:
     """The smallest bucket of tokens and rows.
 
-    One row of bfloat16 is a trap of XLA's CPU dots (20-40 times slower), which `layers.lanes` avoids for up to two rows
-    of a linear layer, and nobody for the products of latent attention and of experts. Lanes add in another order than
-    dots: bit-equal results need sizes beyond them.
+    One row of bfloat16 is a trap of XLA's CPU dots (20-40 times slower), which `kernels_pallas.lanes` avoids for up to
+    two rows of a linear layer, and nobody for the products of latent attention and of experts. Lanes add in another
+    order than dots: bit-equal results need sizes beyond them.
     """
     if batch_invariant and not is_cpu:
         raise ConfigError("batch-invariant: bit-equal results are not built yet for GPUs; leave the flag away")

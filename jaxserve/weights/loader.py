@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
+from jaxserve.quantization import int8, online
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.folder import LoadFormat, read_folder
 from jaxserve.weights.mxfp4 import with_decoded
@@ -42,12 +44,20 @@ Index = tuple[slice, ...]
 
 def load_params(
     spec: ModelSpec, folder: Path, mesh: Mesh, dtype: DTypeLike, progress: ProgressPort | None = None,
-    load_format: LoadFormat = "auto",
+    load_format: LoadFormat = "auto", quantization: online.Method | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint folder, in `dtype`, on the mesh."""
-    abstract = abstract_params(spec, dtype, mesh)
-    assemblies = match(abstract, family(spec.family).weights(spec), with_decoded(read_folder(folder, load_format)))
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    """The parameters of a checkpoint folder, in `dtype` or packed, on the mesh."""
+    abstract = abstract_params(spec, dtype, mesh, quantization)
+    assemblies = match(
+        abstract_params(spec, dtype), family(spec.family).weights(spec), with_decoded(read_folder(folder, load_format))
+    )
+    # What is packed is packed from float32, not from values rounded to `dtype` first.
+    leaves = jax.tree.leaves(abstract, is_leaf=online.is_packed)
+    assemblies = [
+        replace(assembly, abstract=jax.ShapeDtypeStruct(assembly.abstract.shape, np.float32))
+        if online.is_packed(leaf) else assembly for assembly, leaf in zip(assemblies, leaves, strict=True)
+    ]
+    total = sum(assembly.abstract.size * assembly.abstract.dtype.itemsize for assembly in assemblies)
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
         return place(abstract, assemblies, lambda assembly, index: read_slice(assembly, index, advance))
 
@@ -55,10 +65,15 @@ def load_params(
 def place(
     abstract: Any, sources: Iterable[Source], read: Callable[[Source, Index], HostArray]
 ) -> dict[str, Any]:
-    """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time."""
-    leaves, tree = jax.tree.flatten(abstract)
+    """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time.
 
-    def make(leaf: jax.ShapeDtypeStruct, source: Source) -> jax.Array:
+    A packed leaf is made of the rows of its plain matrix.
+    """
+    leaves, tree = jax.tree.flatten(abstract, is_leaf=online.is_packed)
+
+    def make(leaf: jax.ShapeDtypeStruct | int8.Int8Tensor, source: Source) -> Any:
+        if isinstance(leaf, int8.Int8Tensor):
+            return int8.make(leaf, lambda rows: read(source, (rows, slice(None))), aligned_empty)
         array = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: read(source, index))
         return array.block_until_ready()       # frees the host slice before the next one is assembled
 

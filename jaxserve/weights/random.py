@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.models.decoder import abstract_params
+from jaxserve.quantization import online
 from jaxserve.weights.loader import HostArray, Index, aligned_empty, place
 from jaxserve.weights.rules import parameter_path
 
@@ -23,11 +24,14 @@ POOL_SIZE = 4_194_301    # a prime: rows of no usual width repeat in step with i
 DEVIATION = 0.02         # what models are initialised with
 
 
-def random_params(spec: ModelSpec, mesh: Mesh, dtype: DTypeLike, seed: int = 0) -> dict[str, Any]:
+def random_params(
+    spec: ModelSpec, mesh: Mesh, dtype: DTypeLike, seed: int = 0, quantization: online.Method | None = None
+) -> dict[str, Any]:
     """A tree like a loaded one: norms are one, biases zero, the rest normal."""
-    abstract = abstract_params(spec, dtype, mesh)
+    abstract = abstract_params(spec, dtype, mesh, quantization)
     pool = (np.random.default_rng(seed).standard_normal(POOL_SIZE, np.float32) * DEVIATION).astype(dtype)
-    leaves = [(parameter_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)]
+    plain = jax.tree_util.tree_leaves_with_path(abstract_params(spec, dtype))
+    leaves = [(parameter_path(path), leaf) for path, leaf in plain]
     return place(abstract, leaves, lambda named, index: _read(pool, *named, index))
 
 

@@ -15,7 +15,8 @@ from jaxserve.flags.table import FLAGS, PARTS, Flag
 
 # One legal value, other than the default, for every flag that wants one of its own.
 SAMPLES = {
-    "dtype": "float16", "block-size": "32", "gpu-memory-utilization": "0.5", "scheduling-policy": "priority",
+    "dtype": "float16", "quantization": "int8", "block-size": "32", "gpu-memory-utilization": "0.5",
+    "scheduling-policy": "priority",
     "load-format": "dummy", "logprobs-mode": "raw_logits", "generation-config": "vllm", "log-level": "debug",
     "tensor-parallel-size": "1", "root-path": "/prefix", "max-num-batched-tokens": "4K", "hf-overrides": '{"a": 1}',
     "override-generation-config": '{"top_p": 0.5}', "kv-cache-memory-bytes": "1G", "port": "8001",

@@ -1,4 +1,4 @@
-"""`--batch-invariant`: in bfloat16, logprobs are equal to the bit whatever else is in the batch, preempted or shared."""
+"""`--batch-invariant`: bfloat16 logprobs are equal to the bit whatever else is in the batch, preempted or shared."""
 
 from dataclasses import replace
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.layers.lanes import ROWS_MAX, TERMS_MAX, lane_matmul
 from jaxserve.layers.linear import matmul
+from kernels_pallas.lanes import ROWS_MAX, TERMS_MAX, lane_matmul
 
 WIDTHS = (1, 15, 16, 24, 576, 16 * TERMS_MAX, 16 * 53, 1536, 11008)     # 53 is a prime: chunks of one term
 

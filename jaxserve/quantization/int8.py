@@ -1,0 +1,104 @@
+"""`--quantization int8`: 8-bit weights with one scale an output, activations rounded to 8 bits as they come.
+
+    scale_o = max_i |w_oi| / 127        code_oi = round(w_oi / scale_o)
+    scale_t = max_i |x_ti| / 127        code_ti = round(x_ti / scale_t)
+    y_to    = scale_t · scale_o · Σ_i code_ti · code_oi
+
+Symmetric, round half to even, dynamic by token: the w8a8 scheme of LLM.int8 (Dettmers et al. 2022, vector-wise part)
+and of compressed-tensors' "int-quantized" with dynamic activations. The sum is exact in integers, so a row's result
+does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxserve.quantization.qtensor import QTensor
+from kernels_pallas.lanes import ROWS_MAX, lane_matmul_int8
+
+CODE_MAX = 127
+TINY = np.float32(1e-30)        # the scale of a row of zeros
+CHUNK_BYTES = 4 << 20           # of float32 rows quantised at once
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Int8Tensor(QTensor):
+    """Attributes:
+    codes_OI: int8.  scale_O: float32.
+    """
+
+    codes_OI: Array
+    scale_O: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outs, ins = self.codes_OI.shape
+        return outs, ins
+
+    def matmul(self, x_TI: Array) -> Array:
+        codes_TI, scale_T1 = quantise(x_TI.astype(jnp.float32))
+        return int8_dot(codes_TI, self.codes_OI).astype(jnp.float32) * scale_T1 * self.scale_O
+
+    def take(self, id_T: Array) -> Array:
+        codes_TI = jnp.take(self.codes_OI, id_T, axis=0, mode="clip")
+        return codes_TI.astype(jnp.float32) * jnp.take(self.scale_O, id_T, mode="clip")[:, None]
+
+
+def quantise(x_TI: Array) -> tuple[Array, Array]:
+    """Codes [T, I] and scales [T, 1] of float32 rows."""
+    scale_T1 = jnp.maximum(jnp.abs(x_TI).max(-1, keepdims=True) / CODE_MAX, TINY)
+    return jnp.round(x_TI / scale_T1).astype(jnp.int8), scale_T1
+
+
+def int8_dot(x_TI: Array, weight_OI: Array) -> Array:
+    """x · weightᵀ of int8 in int32, exact."""
+    if x_TI.shape[0] <= ROWS_MAX:
+        return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul_int8, default=_dot)
+    return _dot(x_TI, weight_OI)
+
+
+def _dot(x_TI: Array, weight_OI: Array) -> Array:
+    return jnp.einsum("TI,OI->TO", x_TI, weight_OI, preferred_element_type=jnp.int32)
+
+
+def abstract(weight: jax.ShapeDtypeStruct) -> Int8Tensor:
+    """What a matrix becomes, as shapes and placements."""
+    codes = jax.ShapeDtypeStruct(weight.shape, jnp.int8, sharding=weight.sharding)
+    rows = weight.sharding
+    if isinstance(rows, jax.sharding.NamedSharding):
+        rows = jax.sharding.NamedSharding(rows.mesh, jax.sharding.PartitionSpec(*rows.spec[:1]))
+    return Int8Tensor(codes, jax.ShapeDtypeStruct(weight.shape[:1], jnp.float32, sharding=rows))  # type: ignore[arg-type]
+
+
+def make(like: Int8Tensor, read: Callable[[slice], np.ndarray[Any, Any]], empty: Callable[..., Any]) -> Int8Tensor:
+    """Quantises a matrix a few rows at a time.
+
+    Args:
+      like: of abstract values, placed.  read: whole float32 rows.  empty: memory (shape, dtype) that a device adopts.
+    """
+    outs, ins = like.shape
+    scale_O = np.empty(outs, np.float32)
+    step = max(1, CHUNK_BYTES // (4 * ins))
+
+    def codes(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        rows, columns = (range(*part.indices(size)) for part, size in zip(index, like.shape, strict=True))
+        out = empty((len(rows), len(columns)), np.dtype(np.int8))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            values = read(slice(start, stop)).astype(np.float32, copy=False)
+            scale = np.maximum(np.abs(values).max(1) / np.float32(CODE_MAX), TINY)
+            scale_O[start:stop] = scale
+            wanted = values[:, columns.start : columns.stop] / scale[:, None]
+            out[start - rows.start : stop - rows.start] = np.rint(wanted, out=wanted)
+        return out
+
+    codes_OI = jax.make_array_from_callback(like.shape, like.codes_OI.sharding, codes).block_until_ready()
+    return Int8Tensor(codes_OI, jax.make_array_from_callback((outs,), like.scale_O.sharding, lambda i: scale_O[i]))
