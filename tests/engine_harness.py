@@ -93,6 +93,7 @@ def make_harness(
     overlap: bool = True,
     chunked: bool = True,
     policy: str = "fcfs",
+    batching: str = "continuous",
     queue_max: int | None = None,
     max_num_seqs: int | None = None,
     runner: FakeRunner | None = None,
@@ -110,6 +111,7 @@ def make_harness(
         enable_chunked_prefill=chunked,
         async_scheduling=overlap,
         scheduling_policy=policy,  # type: ignore[arg-type]
+        batching=batching,  # type: ignore[arg-type]
         max_num_queued_reqs=queue_max,
     )
     loop = EngineLoop(runner, config=config, cache=CacheConfig(enable_prefix_caching=prefix), clock=clock)

@@ -57,6 +57,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     async_scheduling: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    batching: Literal["continuous", "static"] = "continuous"
     max_num_queued_reqs: int | None = None
 
 

@@ -56,7 +56,9 @@ class EngineLoop:
             row_count=min(shape.row_count, config.max_num_seqs or shape.row_count),
             enable_prefix_caching=cache.enable_prefix_caching,
         )
-        self._scheduler = Scheduler(self._roster, self._counters, rope_switch=runner.shape.rope_switch)
+        self._scheduler = Scheduler(
+            self._roster, self._counters, rope_switch=runner.shape.rope_switch, is_static=config.batching == "static"
+        )
         self._committer = Committer(self._roster, self._counters)
         self._rank = POLICIES[config.scheduling_policy]
         self._arrivals = 0

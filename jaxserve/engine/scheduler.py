@@ -3,7 +3,8 @@
 Every step mixes, in this order: decodes of running sequences, chunks of running prefills, then waiting sequences,
 each best rank first, under the step's budgets of tokens and sampling rows and the pages there are. When pages run
 out for a running sequence, the one of worst rank is preempted: it waits again and is recomputed, mostly from its own
-cached pages. Nobody is preempted for a newcomer.
+cached pages. Nobody is preempted for a newcomer. Under static batching those who wait when nothing runs are a batch, as
+many as there are rows, and nobody else is admitted until all of it have ended.
 It knows no device and no result: `Committer` takes those.
 Invariants: the plan made while a step is in flight assumes nothing of its tokens; a waiting sequence that lacks
 pages or tokens holds back all behind it, so under fcfs nobody is overtaken for ever.
@@ -35,8 +36,12 @@ class _Verdict(Enum):
 class Scheduler:
     """Makes plans over the roster's sequences."""
 
-    def __init__(self, roster: Roster, counters: Counters, *, rope_switch: int | None = None) -> None:
+    def __init__(
+        self, roster: Roster, counters: Counters, *, rope_switch: int | None = None, is_static: bool = False
+    ) -> None:
         self._roster = roster
+        self._is_static = is_static
+        self._batch: frozenset[Sequence] = frozenset()   # under static batching, who may be admitted
         self._rope_switch = rope_switch or sys.maxsize
         self._counters = counters
         self._kv = roster.kv
@@ -135,6 +140,8 @@ class Scheduler:
 
     def _admit(self, draft: Draft, prefills: list[Sequence], now_s: float) -> None:
         roster = self._roster
+        if self._is_static and not roster.running:
+            self._batch = frozenset(roster.waiting[: roster.free_row_count])
         reserved = [0] * len(self._kv.pools)
         for sequence in prefills:
             self._reserve(reserved, sequence)
@@ -158,7 +165,7 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence, draft: Draft, reserved: list[int]) -> _Verdict:
         roster, kv = self._roster, self._kv
         assert not sequence.in_flight, "a plan that preempts admits nobody, and the next one is made after the landing"
-        if not roster.has_place(sequence):
+        if not roster.has_place(sequence) or (self._is_static and sequence not in self._batch):
             return _Verdict.PASSED_OVER
         if not sequence.may_split and sequence.known > draft.tokens_max:
             return _Verdict.PASSED_OVER   # until larger buckets are compiled

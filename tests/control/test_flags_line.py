@@ -17,6 +17,7 @@ from jaxserve.flags.table import FLAGS, PARTS, Flag
 SAMPLES = {
     "dtype": "float16", "quantization": "int8", "block-size": "32", "gpu-memory-utilization": "0.5",
     "scheduling-policy": "priority",
+    "batching": "static",
     "load-format": "dummy", "logprobs-mode": "raw_logits", "generation-config": "vllm", "log-level": "debug",
     "tensor-parallel-size": "1", "root-path": "/prefix", "max-num-batched-tokens": "4K", "hf-overrides": '{"a": 1}',
     "override-generation-config": '{"top_p": 0.5}', "kv-cache-memory-bytes": "1G", "port": "8001",
