@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas import quantized
+from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork, work_layout
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -45,8 +48,8 @@ def choose(op: str, asked: str | None, refusals: Mapping[str, Callable[[], list[
 
 def attention_violations(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -61,8 +64,10 @@ def attention_violations(
     T, N, H = q_TNH.shape
     _, K, _, page_H = k_PKSH.shape
     found = []
-    if v_PKSH.shape != k_PKSH.shape or v_PKSH.dtype != k_PKSH.dtype:
-        found.append(f"k and v pages must be alike, got {k_PKSH.dtype}{k_PKSH.shape} and {v_PKSH.dtype}{v_PKSH.shape}")
+    if _described(v_PKSH) != _described(k_PKSH):
+        found.append(f"k and v pages must be alike, got {_described(k_PKSH)} and {_described(v_PKSH)}")
+    if isinstance(k_PKSH, QuantizedPages):
+        found += quantized.violations(k_PKSH)
     if page_H != H:
         found.append(f"the head dimension of q is {H}, of the pages {page_H}")
     if N % K:
@@ -83,10 +88,19 @@ def attention_violations(
     return found
 
 
-def dtype_refusals(values: Array, pages_PKSH: Array) -> list[str]:
+def _described(pages: Pages) -> str:
+    return " beside ".join(f"{part.dtype}{part.shape}" for part in jax.tree.leaves(pages))
+
+
+def dtype_refusals(values: Array, pages_PKSH: Pages) -> list[str]:
     """Why the plain jnp and XLA forms cannot work with these dtypes."""
     if values.dtype not in FLOATS:
         return [f"values must be float32, bfloat16 or float16, got {values.dtype}"]
+    if isinstance(pages_PKSH, QuantizedPages):
+        return []
     if pages_PKSH.dtype == values.dtype or (pages_PKSH.dtype == jnp.uint16 and values.dtype.itemsize == 2):
         return []
-    return [f"pages of {pages_PKSH.dtype} beside values of {values.dtype} are not implemented (quantised KV)"]
+    return [
+        f"pages of {pages_PKSH.dtype} beside values of {values.dtype} are not implemented; eight bits need scales: "
+        "QuantizedPages"
+    ]

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.quantized import FP8, FP8_BITS, Pages, QuantizedPages
+
 JAX_VERSION_MIN = (0, 11)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)       # copies of smaller pages are many: their addresses spill the loader's registers
 GROUP_MAX = 64
 MULTIPROCESSORS = 132                # of an H100 SXM and an H200: one resident program each
+SCALE_BYTES = 4                      # of a slot and head at most
 SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the rest is for barriers and reductions
 
 
@@ -38,8 +41,12 @@ class Blocks:
     programs: int = MULTIPROCESSORS
 
 
-def refusals(q_TNH: Array, k_PKSH: Array) -> list[str]:
-    """Why the Mosaic GPU attention kernels cannot serve these arrays here."""
+def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIMS[-1]) -> list[str]:
+    """Why the Mosaic GPU attention kernels cannot serve these arrays here.
+
+    Args:
+      quantized_head_dim_max: heads up to which a kernel has the registers to widen codes.
+    """
     _, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
     found = [*_environment_refusals()]
@@ -50,9 +57,16 @@ def refusals(q_TNH: Array, k_PKSH: Array) -> list[str]:
         found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (at heads of {H})")
     if N // K > GROUP_MAX:
         found.append(f"{N // K} query heads a kv head are more than {GROUP_MAX}")
-    if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
+    stored = k_PKSH.code_PKSH.dtype if isinstance(k_PKSH, QuantizedPages) else k_PKSH.dtype
+    is_alike = isinstance(k_PKSH, QuantizedPages) or stored == q_TNH.dtype
+    if isinstance(k_PKSH, QuantizedPages) and quantized_head_dim_max < H:
+        found.append(f"quantised pages have heads up to {quantized_head_dim_max}, not {H} (registers)")
+    if isinstance(k_PKSH, QuantizedPages) and stored == FP8_BITS:
+        found.append(f"codes of {FP8_BITS} are for CPUs; here pages hold {FP8} itself")
+    if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or not is_alike:
         found.append(
-            f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
+            f"q of {q_TNH.dtype} over pages of {stored}: both must be bfloat16 or both float16 (tensor cores), "
+            "or q one of them over quantised pages"
         )
     return found
 
@@ -72,17 +86,22 @@ def target_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def blocks(op: str, head_dim: int, page_size: int, fixed_bytes: int = 0) -> Blocks:
+def blocks(op: str, head_dim: int, page_size: int, fixed_bytes: int = 0, is_quantized: bool = False) -> Blocks:
     """Measured sizes for this device where there are some in `tuned`, else what fits.
 
     Args:
       fixed_bytes: shared memory that the kernel needs beside its blocks of keys and values.
+      is_quantized: blocks hold codes and scales, and there is one more of each kind in 16 bits, where products read.
     """
-    measured = _tuned(target_kind(), op).get(f"{head_dim}x{page_size}")
+    kind = f"{head_dim}x{page_size}" + ("-quantized" if is_quantized else "")
+    measured = _tuned(target_kind(), op).get(kind)
     if measured is not None:
         return Blocks(**measured)
     context = block_slots(head_dim)
     pair_bytes = 2 * context * head_dim * 2
+    if is_quantized:
+        fixed_bytes += pair_bytes
+        pair_bytes = 2 * context * (head_dim + SCALE_BYTES)
     return Blocks(context=context, stages=min(6, (SHARED_BYTES_MAX - fixed_bytes) // pair_bytes))
 
 
@@ -93,7 +112,7 @@ def block_slots(head_dim: int) -> int:
 
 @functools.cache
 def _tuned(device_kind: str, op: str) -> dict[str, dict[str, int]]:
-    """'{head_dim}x{page_size}' -> sizes, from tuned/{device}/{op}.json; nothing where nobody has measured."""
+    """'{head_dim}x{page_size}[-quantized]' -> sizes, from tuned/{device}/{op}.json; none where nobody measured."""
     folder = device_kind.lower().replace(" ", "-")
     file = importlib.resources.files("kernels_pallas") / "tuned" / folder / f"{op}.json"
     return json.loads(file.read_text(encoding="utf-8"))["blocks"] if file.is_file() else {}

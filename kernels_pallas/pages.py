@@ -1,13 +1,19 @@
 """Reading chunks of context out of pages, for the XLA paths.
 
-Knows page tables and slots; knows no query and no mask. Ids out of range are clipped: what they bring is masked by
-the caller, who knows the lengths.
+Knows page tables, slots and how values are stored; knows no query. Ids out of range are clipped: what they bring is
+masked by the caller, who knows the lengths.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+
+from kernels_pallas.quantized import Pages, QuantizedPages, code_numbers
+from kernels_pallas.storage import from_storage
 
 CHUNK_SLOTS = 256     # context slots read at once; measured, see docs/log.md
 
@@ -17,8 +23,37 @@ def chunk_page_count(page_size: int, pages_max: int) -> int:
     return max(1, min(CHUNK_SLOTS // page_size, pages_max))
 
 
-def read_chunk(pages_PKSH: Array, page_BM: Array) -> Array:
-    """Context [B, K, C, H] of C = M * S consecutive slots from M pages a row, as stored.
+class Chunk(NamedTuple):
+    """Consecutive context slots of some rows; numbers are to be multiplied by their slot's scale, if there is one."""
+
+    number_BKCH: Array
+    scale_BKC: Array | None
+
+
+def read_chunk(pages: Pages, page_BM: Array, dtype: DTypeLike) -> Chunk:
+    """C = M * S consecutive slots from M pages a row.
+
+    Args:
+      dtype: of the numbers; every code is exact in it.
+    """
+    if isinstance(pages, QuantizedPages):
+        scale_BKC1 = _gather(pages.scale_PKS[..., None], page_BM)
+        code_BKCH = code_numbers(_gather(pages.code_PKSH, page_BM), dtype)
+        return Chunk(code_BKCH, scale_BKC1[..., 0].astype(jnp.float32))
+    return Chunk(from_storage(_gather(pages, page_BM), dtype), None)
+
+
+def cleared(chunk: Chunk, is_held_BC: Array) -> Chunk:
+    """Zero in slots that are not held: those may be NaN, and 0 * NaN is NaN."""
+    scale_BKC = chunk.scale_BKC
+    return Chunk(
+        jnp.where(is_held_BC[:, None, :, None], chunk.number_BKCH, 0),
+        None if scale_BKC is None else jnp.where(is_held_BC[:, None], scale_BKC, 0),
+    )
+
+
+def _gather(pages_PKSH: Array, page_BM: Array) -> Array:
+    """Slots [B, K, C, H] as stored.
 
     One (page, head) is contiguous, so gathering those gives heads outside slots with no transposition after.
     """

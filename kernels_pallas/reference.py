@@ -9,6 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+
+from kernels_pallas.quantized import Pages, QuantizedPages, dequantize
+from kernels_pallas.storage import from_storage
+
+
+def numbers(pages: Pages, dtype: DTypeLike) -> Array:
+    """A pool as numbers; `dtype` is what uint16 bits stand for."""
+    return dequantize(pages) if isinstance(pages, QuantizedPages) else from_storage(pages, dtype)
 
 
 def attend_tokens(

@@ -1,6 +1,6 @@
 """One chunk of online softmax, the piece that the XLA paths of both attention ops share.
 
-Knows scores, values and masks; knows no page, no row and no position.
+Knows scores, values and masks; knows no page table, no row and no position.
 Invariant: a chunk in which a query sees nothing leaves its state bit for bit as it was, so what a sequence gives does
 not depend on how far its neighbours in the same loop must read.
 """
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from kernels_pallas.pages import Chunk
 
 NOTHING = -1e30     # finite, so that NOTHING - NOTHING is 0 and not NaN
 
@@ -37,8 +39,8 @@ def start(batch: int, kv_heads: int, queries: int, head_dim: int, sink_KQ: Array
 def add_chunk(
     state: SoftmaxState,
     q_BKQH: Array,
-    k_BKCH: Array,
-    v_BKCH: Array,
+    keys: Chunk,
+    values: Chunk,
     is_seen_BKQC: Array,
     *,
     scale: float,
@@ -48,17 +50,21 @@ def add_chunk(
     precision = jax.lax.Precision.HIGHEST if q_BKQH.dtype == jnp.float32 else None
     # The dots stay in the stored dtype: bf16 x bf16 -> f32 is the fast path of the CPU backend, twice f32 x f32.
     score_BKQC = scale * jnp.einsum(
-        "BKQH,BKCH->BKQC", q_BKQH, k_BKCH, preferred_element_type=jnp.float32, precision=precision
+        "BKQH,BKCH->BKQC", q_BKQH, keys.number_BKCH, preferred_element_type=jnp.float32, precision=precision
     )
+    if keys.scale_BKC is not None:
+        score_BKQC *= keys.scale_BKC[:, :, None, :]
     if soft_cap is not None:
         score_BKQC = soft_cap * jnp.tanh(score_BKQC / soft_cap)
     score_BKQC = jnp.where(is_seen_BKQC, score_BKQC, NOTHING)
     top_BKQ = jnp.maximum(state.top_BKQ, score_BKQC.max(-1))
     weight_BKQC = jnp.where(is_seen_BKQC, jnp.exp(score_BKQC - top_BKQ[..., None]), 0)
     keep_BKQ = jnp.exp(state.top_BKQ - top_BKQ)
+    share_BKQC = weight_BKQC if values.scale_BKC is None else weight_BKQC * values.scale_BKC[:, :, None, :]
     sum_BKQH = jnp.einsum(
         "BKQC,BKCH->BKQH",
-        weight_BKQC.astype(v_BKCH.dtype), v_BKCH, preferred_element_type=jnp.float32, precision=precision,
+        share_BKQC.astype(values.number_BKCH.dtype), values.number_BKCH,
+        preferred_element_type=jnp.float32, precision=precision,
     )
     return SoftmaxState(
         top_BKQ=top_BKQ,

@@ -33,12 +33,16 @@ from kernels_pallas.grouped_matmul.cases import GroupedCase
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
+from kernels_pallas.quantized import FP8, Pages, QuantizedPages
 from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, head_shape
 from kernels_pallas.work import AttentionWork, work_layout
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
 BEGIN, END = "<!-- compiled for an H200: begin -->", "<!-- compiled for an H200: end -->"
+# Compiled over pages of eight bits too.
+IN_CODES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
 ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
 HEADER = "| op | shape | page | registers | spilled B | shared KiB | temporaries KiB |\n|---|---|---|---|---|---|---|"
@@ -77,12 +81,22 @@ def compiled(call: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = 
         return jax.jit(call, donate_argnums=donated).lower(*there).compile()
 
 
-def attention_rows(name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int) -> Iterator[str]:
+def abstract_pool(shape: HeadShape, page: int, codes: str | None) -> Pages:
+    """Keys or values of one layer, in bfloat16 or as codes."""
+    size = (POOL_PAGES, shape.kv_head_count, page, shape.head_dim)
+    if codes is None:
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    return QuantizedPages(jax.ShapeDtypeStruct(size, codes), jax.ShapeDtypeStruct(size[:3], jnp.float32))
+
+
+def attention_rows(
+    name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int, codes: str | None = None
+) -> Iterator[str]:
     """A row a kernel of the op."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
-    pool = floats((POOL_PAGES, shape.kv_head_count, page, shape.head_dim))
+    pool = abstract_pool(shape, page, codes)
     arrays = [floats((tokens, shape.head_count, shape.head_dim)), pool, pool, integers((ROWS, PAGES_OF_A_ROW)), work]
     if shape.has_sinks:
         arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
@@ -106,30 +120,42 @@ def attention_rows(name: str, op: Callable[..., jax.Array], shape: HeadShape, pa
             assert shared is not None, resources
             kernel = re.sub(r"_\d+$", "", report.stem).removeprefix(f"{name}_")
             yield (
-                f"| {name}: {kernel} | {shape.name} | {page} | {registers[1]} | {spilled} | {int(shared[1]) // 1024} | "
-                f"{temporaries // 1024} |"
+                f"| {name}: {kernel} | {described(shape, codes)} | {page} | {registers[1]} | {spilled} | "
+                f"{int(shared[1]) // 1024} | {temporaries // 1024} |"
             )
 
 
-def write_row(shape: HeadShape, page: int, tokens: int) -> str:
+def described(shape: HeadShape, codes: str | None) -> str:
+    """Whose geometry, and what the pages hold where that is codes."""
+    return shape.name if codes is None else f"{shape.name}, {codes}"
+
+
+def write_row(shape: HeadShape, page: int, tokens: int, codes: str | None = None) -> str:
     """The page write through XLA: in place means that the pool is aliased whole and no temporary is as large as it."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    pool = floats((POOL_PAGES, shape.kv_head_count, page, shape.head_dim))
+    pool = abstract_pool(shape, page, codes)
+    size = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(pool))
     arrays = (
         pool, floats((tokens, shape.kv_head_count, shape.head_dim)), integers((ROWS, PAGES_OF_A_ROW)),
         integers((tokens,)), integers((tokens,)),
     )
     executable = compiled(functools.partial(kv_write, implementation="xla"), *arrays, donated=(0,))
     memory = executable.memory_analysis()
-    if memory.alias_size_in_bytes != pool.size * 2:
-        raise RuntimeError(f"kv_write of {shape.name}: {memory.alias_size_in_bytes} bytes aliased of {pool.size * 2}")
-    whole = re.escape("bf16[" + ",".join(map(str, pool.shape)) + "]")
-    copies = re.findall(rf"= {whole}\S* copy\(", executable.as_text())
+    if memory.alias_size_in_bytes != size:
+        raise RuntimeError(f"kv_write of {shape.name}: {memory.alias_size_in_bytes} bytes aliased of {size}")
+    copies = copies_of(pool, executable)
     if copies or memory.temp_size_in_bytes >= 1 << 20:
         size = memory.temp_size_in_bytes
         raise RuntimeError(f"kv_write of {shape.name} copies the pool: {copies}, {size} bytes of temporaries")
-    return f"| kv_write (XLA, in place) | {shape.name} | {page} | | | | {memory.temp_size_in_bytes // 1024} |"
+    temporaries = memory.temp_size_in_bytes // 1024
+    return f"| kv_write (XLA, in place) | {described(shape, codes)} | {page} | | | | {temporaries} |"
+
+
+def copies_of(pool: Any, executable: jax.stages.Compiled) -> list[str]:
+    """Instructions that copy something of a pool's shape."""
+    shapes = {re.escape("[" + ",".join(map(str, part.shape)) + "]") for part in jax.tree.leaves(pool)}
+    return [line for whole in shapes for line in re.findall(rf"= \w+{whole}\S* copy\(", executable.as_text())]
 
 
 def grouped_row(case: GroupedCase) -> str:
@@ -171,6 +197,12 @@ def rows(wanted: str) -> Iterator[str]:
         yield from attention_rows("paged_prefill", paged_prefill, shape, page, PREFILL_TOKENS)
     for shape, page in shapes:
         yield write_row(shape, page, PREFILL_TOKENS)
+    in_codes = [(head_shape(name), codes) for name in IN_CODES for codes in ("int8", FP8) if wanted in name]
+    for shape, codes in in_codes:
+        yield from attention_rows("paged_decode", paged_decode, shape, 16, DECODE_TOKENS, codes)
+        if shape.head_dim <= QUANTIZED_HEAD_DIM_MAX:
+            yield from attention_rows("paged_prefill", paged_prefill, shape, 16, PREFILL_TOKENS, codes)
+        yield write_row(shape, 16, PREFILL_TOKENS, codes)
     for case in grouped_matmul_cases.CASES:
         if case.tokens in (16, 512) and wanted in case.model:
             yield grouped_row(case)

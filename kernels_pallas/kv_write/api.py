@@ -9,31 +9,33 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas import contract
+from kernels_pallas import contract, quantized
 from kernels_pallas.kv_write import reference, xla
+from kernels_pallas.quantized import Pages, QuantizedPages
 
 _IMPLEMENTATIONS = {"xla": xla.kv_write, "reference": reference.kv_write}
 
 
 def kv_write(
-    pages_PKSH: Array,
+    pages: Pages,
     x_TKH: Array,
     page_RM: Array,
     row_T: Array,
     position_T: Array,
     *,
     implementation: str | None = None,
-) -> Array:
+) -> Pages:
     """The pool with the tokens written.
 
     Args:
-      pages_PKSH: the pool; uint16 holds the bits of a 16-bit float (see `storage`).
-      x_TKH: keys or values of the packed tokens, in the dtype the pool stands for.
+      pages: the pool [P, K, S, H]; uint16 holds the bits of a 16-bit float (see `storage`), and into `QuantizedPages`
+        tokens go as codes and scales.
+      x_TKH: keys or values of the packed tokens, in the dtype the pool stands for, or any where that is codes.
       implementation: "xla", "reference", or None for the first that serves the request.
     """
     T, K, H = x_TKH.shape
-    _, page_K, _, page_H = pages_PKSH.shape
-    violations = []
+    _, page_K, _, page_H = pages.shape
+    violations = quantized.violations(pages) if isinstance(pages, QuantizedPages) else []
     if (page_K, page_H) != (K, H):
         violations.append(f"tokens have {K} heads of {H}, the pages {page_K} of {page_H}")
     if row_T.shape != (T,) or position_T.shape != (T,):
@@ -42,6 +44,6 @@ def kv_write(
         if array.dtype != jnp.int32:
             violations.append(f"{name} must be int32, got {array.dtype}")
     contract.require("kv_write", violations)
-    refusals = {name: lambda: contract.dtype_refusals(x_TKH, pages_PKSH) for name in _IMPLEMENTATIONS}
+    refusals = {name: lambda: contract.dtype_refusals(x_TKH, pages) for name in _IMPLEMENTATIONS}
     chosen = contract.choose("kv_write", implementation, refusals)
-    return _IMPLEMENTATIONS[chosen](pages_PKSH, x_TKH, page_RM, row_T, position_T)
+    return _IMPLEMENTATIONS[chosen](pages, x_TKH, page_RM, row_T, position_T)

@@ -11,13 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kernels_pallas.quantized import Pages, QuantizedPages, quantize
 from kernels_pallas.storage import to_storage
 
 
-def kv_write(pages_PKSH: Array, x_TKH: Array, page_RM: Array, row_T: Array, position_T: Array) -> Array:
+def kv_write(pages: Pages, x_TKH: Array, page_RM: Array, row_T: Array, position_T: Array) -> Pages:
     """See `api.kv_write`."""
-    P, _, S, _ = pages_PKSH.shape
+    P, _, S, _ = pages.shape
     with jax.named_scope("kv_write"):
         page_T = page_RM.at[row_T, position_T // S].get(mode="fill", fill_value=P)
         page_T = jnp.where(page_T < 0, P, page_T)  # a negative index would count from the end
-        return pages_PKSH.at[page_T, :, position_T % S].set(to_storage(x_TKH, pages_PKSH.dtype), mode="drop")
+
+        def write(pool: Array, new: Array) -> Array:
+            return pool.at[page_T, :, position_T % S].set(new, mode="drop")
+
+        if isinstance(pages, QuantizedPages):
+            code_TKH, scale_TK = quantize(x_TKH, pages.code_PKSH.dtype, pages.scale_PKS.dtype)
+            return QuantizedPages(write(pages.code_PKSH, code_TKH), write(pages.scale_PKS, scale_TK))
+        return write(pages, to_storage(x_TKH, pages.dtype))

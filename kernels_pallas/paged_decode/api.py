@@ -12,6 +12,7 @@ from jax import Array
 
 from kernels_pallas import contract, hopper
 from kernels_pallas.paged_decode import reference, xla
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import AttentionWork
 
 
@@ -25,8 +26,8 @@ def _implementation(name: str) -> Callable[..., Array]:
 
 def paged_decode(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -39,7 +40,8 @@ def paged_decode(
     """Grouped-query attention of the decode tokens; [T, N, H] like q.
 
     Args:
-      q_TNH: packed queries of the step.  k_PKSH, v_PKSH: the pool, the step's own keys and values already written.
+      q_TNH: packed queries of the step.  k_PKSH, v_PKSH: the pool, the step's own keys and values already written;
+        arrays in the dtype of q (or its bits as uint16), or `QuantizedPages`.
       page_RM: page of each row's slots [m * S, (m + 1) * S); entries past a row's length are never looked at.
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).

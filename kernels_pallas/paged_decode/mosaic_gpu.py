@@ -27,18 +27,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, mosaic
-from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, Ref, Ring, along, filled
+from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork
 
 ATTEND, LOAD = 0, 1     # the warpgroups of a program
-LOADER_REGISTERS, MATH_REGISTERS = 40, 232   # of a thread; a loader computes addresses only
+LOADER_REGISTERS, MATH_REGISTERS = 80, 232   # of a thread; a loader computes addresses only
 PIECES_AT_ONCE = 4      # loads in flight of one combining program
 
 
 def paged_decode(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -56,7 +57,7 @@ def paged_decode(
     group, padded = N // K, -(-(N // K) // 8) * 8
     options = _Options(
         kv_heads=K, padded_group=padded, head_dim=H, scale=scale, window=window, soft_cap=soft_cap,
-        blocks=blocks or hopper.blocks("paged_decode", H, S),
+        blocks=blocks or hopper.blocks("paged_decode", H, S, is_quantized=isinstance(k_PKSH, QuantizedPages)),
     )
     with jax.named_scope("paged_decode"):
         q_WKGH = q_TNH.at[work.decode_token_W].get(mode="clip").reshape(slots, K, group, H)
@@ -87,7 +88,7 @@ class _Options:
 
 
 class _Refs(NamedTuple):
-    """What a program of `attend` sees, in the order in which Pallas passes it."""
+    """What a program of `attend` sees."""
 
     q_WKGH: Ref
     k_PKSH: Ref
@@ -111,14 +112,20 @@ class _Refs(NamedTuple):
     v_block: Ref
     v_full: Ref
     v_empty: Ref
+    k_scale_PKS: Ref | None = None     # from here on where the pages hold codes
+    v_scale_PKS: Ref | None = None
+    k_scale: Ref | None = None
+    k_wide: Ref | None = None
+    v_scale: Ref | None = None
+    v_wide: Ref | None = None
 
     @property
     def keys(self) -> Ring:
-        return Ring(self.k_block, self.k_full, self.k_empty)
+        return Ring(self.k_block, self.k_full, self.k_empty, self.k_scale, self.k_wide)
 
     @property
     def values(self) -> Ring:
-        return Ring(self.v_block, self.v_full, self.v_empty)
+        return Ring(self.v_block, self.v_full, self.v_empty, self.v_scale, self.v_wide)
 
 
 class _Unit(NamedTuple):
@@ -134,31 +141,37 @@ class _Unit(NamedTuple):
 
 
 def _attend(
-    q_WKGH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, work: AttentionWork, options: _Options, interpret: Any
+    q_WKGH: Array, k_PKSH: Pages, v_PKSH: Pages, page_RM: Array, work: AttentionWork, options: _Options, interpret: Any
 ) -> tuple[Array, Array]:
     """Of each piece, O^T [pieces, K, H, G] normalised and its log-sum-exp [pieces, K, G] to base 2."""
-    pieces, page_size = work.piece_slot_W.shape[0], k_PKSH.shape[2]
+    pieces, dtype = work.piece_slot_W.shape[0], q_WKGH.dtype
     K, G, H, blocks = options.kv_heads, options.padded_group, options.head_dim, options.blocks
-    dtype = k_PKSH.dtype
-    ring = mosaic.ring(blocks.stages, blocks.context, H, dtype, pages=blocks.context // page_size, readers=1)
+    operands = {
+        "q_WKGH": q_WKGH, **mosaic.pools("k", k_PKSH), **mosaic.pools("v", v_PKSH), "page_RM": page_RM,
+        "row_W": work.decode_row_W, "length_W": work.decode_length_W, "piece_slot_W": work.piece_slot_W,
+        "piece_begin_W": work.piece_begin_W, "piece_end_W": work.piece_end_W,
+        "piece_count": work.piece_count.reshape(1),
+    }
+    results = {
+        "partial_WKHG": jax.ShapeDtypeStruct((pieces, K, H, G), jnp.float32),
+        "logsum_WKG": jax.ShapeDtypeStruct((pieces, K, G), jnp.float32),
+    }
+    scratch = {
+        "q_GH": mosaic.shared((G, H), dtype), "weight_GC": mosaic.shared((G, blocks.context), dtype),
+        "q_full": plgpu.Barrier(num_arrivals=1), "q_empty": plgpu.Barrier(num_arrivals=1),
+        **mosaic.ring("k", k_PKSH, blocks.stages, blocks.context, dtype, readers=1),
+        **mosaic.ring("v", v_PKSH, blocks.stages, blocks.context, dtype, readers=1),
+    }
 
     def body(*refs: Ref) -> None:
-        seen = _Refs(*refs)
+        seen = _Refs(**dict(zip((*operands, *results, *scratch), refs, strict=True)))
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == LOAD)(lambda: _load(seen, options))
         pl.when(warpgroup == ATTEND)(lambda: _attend_units(seen, options))
 
     return mosaic.launch(
-        body, q_WKGH, k_PKSH, v_PKSH, page_RM, work.decode_row_W, work.decode_length_W, work.piece_slot_W,
-        work.piece_begin_W, work.piece_end_W, work.piece_count.reshape(1),
-        name="paged_decode_attend", grid={"program": blocks.programs}, threads=2, interpret=interpret,
-        out_type=(
-            jax.ShapeDtypeStruct((pieces, K, H, G), jnp.float32), jax.ShapeDtypeStruct((pieces, K, G), jnp.float32)
-        ),
-        scratch=(
-            mosaic.shared((G, H), dtype), mosaic.shared((G, blocks.context), dtype),
-            plgpu.Barrier(num_arrivals=1), plgpu.Barrier(num_arrivals=1), *ring, *ring,
-        ),
+        body, *operands.values(), name="paged_decode_attend", grid={"program": blocks.programs}, threads=2,
+        out_type=tuple(results.values()), scratch=tuple(scratch.values()), interpret=interpret,
     )
 
 
@@ -194,9 +207,11 @@ def _load(refs: _Refs, options: _Options) -> None:
 
         def load_block(block: Array, turn: Array) -> Array:
             first = unit.first + block * options.blocks.context
-            for ring, pages_PKSH in ((refs.keys, refs.k_PKSH), (refs.values, refs.v_PKSH)):
+            for ring, pages_PKSH, scale_PKS in (
+                (refs.keys, refs.k_PKSH, refs.k_scale_PKS), (refs.values, refs.v_PKSH, refs.v_scale_PKS)
+            ):
                 mosaic.load_block(
-                    ring, pages_PKSH, refs.page_RM, row, unit.head, turn,
+                    ring, pages_PKSH, scale_PKS, refs.page_RM, row, unit.head, turn,
                     first=first, begin=unit.begin, end=unit.end,
                 )
             return turn + 1
@@ -248,8 +263,7 @@ def _attend_block(
     place = lax.rem(turn, stages)
     is_edge = (first < unit.begin) | (first + C > unit.end)
     plgpu.barrier_wait(refs.k_full.at[place])
-    dot_CG = mosaic.product((C, G), refs.k_block.at[place], refs.q_GH.T)
-    plgpu.barrier_arrive(refs.k_empty.at[place])
+    dot_CG = _products(refs, place, (C, G))
     score_CG = mosaic.base_two_scores(dot_CG, scale=options.scale, soft_cap=options.soft_cap)
 
     def masked() -> Array:
@@ -261,14 +275,34 @@ def _attend_block(
     keep_G = jnp.exp2(top_G - new_top_G)
     weight_CG = jnp.exp2(score_CG - along(new_top_G, 1, (C, G)))
     total_CG = total_CG * along(keep_G, 1, (C, G)) + weight_CG
-    weight_cast_CG = plgpu.layout_cast(weight_CG.astype(refs.v_block.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    values = refs.v_block.at[place]
+    if refs.v_wide is not None:
+        values = refs.v_wide
+        plgpu.barrier_wait(refs.v_full.at[place])
+        weight_CG *= along(mosaic.held_scales(refs.values, place, PER_ROW, first, unit.begin, unit.end), 0, (C, G))
+        mosaic.widen(refs.v_block.at[place], values)
+    weight_cast_CG = plgpu.layout_cast(weight_CG.astype(refs.weight_GC.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     refs.weight_GC.T[...] = weight_cast_CG
     plgpu.commit_smem()
-    plgpu.barrier_wait(refs.v_full.at[place])
-    pl.when(is_edge)(lambda: mosaic.clear_outside(refs.v_block.at[place], first, unit.begin, unit.end))
-    added_HG = mosaic.product((H, G), refs.v_block.at[place].T, refs.weight_GC.T)
+    if refs.v_wide is None:
+        plgpu.barrier_wait(refs.v_full.at[place])
+    pl.when(is_edge)(lambda: mosaic.clear_outside(values, first, unit.begin, unit.end))
+    added_HG = mosaic.product((H, G), values.T, refs.weight_GC.T)
     plgpu.barrier_arrive(refs.v_empty.at[place])
     return new_top_G, total_CG, sum_HG * along(keep_G, 1, (H, G)) + added_HG, turn + 1
+
+
+def _products(refs: _Refs, place: Array, shape: tuple[int, int]) -> Array:
+    """Keys times queries of a block that has landed, whose place is then free."""
+    if refs.k_wide is None:
+        dot_CG = mosaic.product(shape, refs.k_block.at[place], refs.q_GH.T)
+        plgpu.barrier_arrive(refs.k_empty.at[place])
+        return dot_CG
+    mosaic.widen(refs.k_block.at[place], refs.k_wide)
+    scale_C = mosaic.scales(refs.keys, place, PER_ROW)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.k_empty.at[place])
+    return mosaic.product(shape, refs.k_wide, refs.q_GH.T) * along(scale_C, 0, shape)
 
 
 def _combine(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.reference import attend_tokens
-from kernels_pallas.storage import from_storage
+from kernels_pallas.quantized import Pages
+from kernels_pallas.reference import attend_tokens, numbers
 from kernels_pallas.work import AttentionWork
 
 
 def paged_decode(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -23,7 +23,7 @@ def paged_decode(
     sink_N: Array | None,
 ) -> Array:
     """See `api.paged_decode`."""
-    k_PKSH, v_PKSH = from_storage(k_PKSH, q_TNH.dtype), from_storage(v_PKSH, q_TNH.dtype)
+    k_PKSH, v_PKSH = numbers(k_PKSH, q_TNH.dtype), numbers(v_PKSH, q_TNH.dtype)
     out_WNH = attend_tokens(
         q_TNH[work.decode_token_W], k_PKSH, v_PKSH, page_RM, work.decode_row_W, work.decode_length_W - 1,
         scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N,

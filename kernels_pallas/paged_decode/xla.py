@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas import pages, softmax
-from kernels_pallas.storage import from_storage
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import AttentionWork, decode_block_size
 
 
 def paged_decode(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -54,11 +54,10 @@ def paged_decode(
             page_BM = table_BM[:, index_M]
             position_C = turn * chunk + jnp.arange(chunk, dtype=jnp.int32)
             is_seen_BC = (position_C < length_B[:, None]) & (position_C >= begin_B[:, None])
-            k_BKCH = from_storage(pages.read_chunk(k_PKSH, page_BM), q_TNH.dtype)
-            v_BKCH = from_storage(pages.read_chunk(v_PKSH, page_BM), q_TNH.dtype)
-            v_BKCH = jnp.where(is_seen_BC[:, None, :, None], v_BKCH, 0)  # unused slots may hold NaN; 0 * NaN is NaN
+            keys = pages.read_chunk(k_PKSH, page_BM, q_TNH.dtype)
+            values = pages.cleared(pages.read_chunk(v_PKSH, page_BM, q_TNH.dtype), is_seen_BC)
             return softmax.add_chunk(
-                state, q_BKGH, k_BKCH, v_BKCH, is_seen_BC[:, None, None, :], scale=scale, soft_cap=soft_cap
+                state, q_BKGH, keys, values, is_seen_BC[:, None, None, :], scale=scale, soft_cap=soft_cap
             )
 
         # Padding rows have length 0: they see nothing and must not pull the beginning of the block to 0.

@@ -12,7 +12,10 @@ from jax import Array
 
 from kernels_pallas import contract, hopper
 from kernels_pallas.paged_prefill import reference, xla
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import AttentionWork
+
+QUANTIZED_HEAD_DIM_MAX = 128     # of `mosaic_gpu`: heads of 256 would spill 60 registers
 
 
 def _implementation(name: str) -> Callable[..., Array]:
@@ -25,8 +28,8 @@ def _implementation(name: str) -> Callable[..., Array]:
 
 def paged_prefill(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -39,7 +42,8 @@ def paged_prefill(
     """Grouped-query attention of the prefill chunks; [T, N, H] like q.
 
     Args:
-      q_TNH: packed queries of the step.  k_PKSH, v_PKSH: the pool, the step's own keys and values already written.
+      q_TNH: packed queries of the step.  k_PKSH, v_PKSH: the pool, the step's own keys and values already written;
+        arrays in the dtype of q (or its bits as uint16), or `QuantizedPages`.
       page_RM: page of each row's slots [m * S, (m + 1) * S); entries past a row's length are never looked at.
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
@@ -53,7 +57,7 @@ def paged_prefill(
     refusals = {
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
-        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH),
+        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, QUANTIZED_HEAD_DIM_MAX),
     }
     chosen = contract.choose("paged_prefill", implementation, refusals)
     attend = _implementation(chosen)

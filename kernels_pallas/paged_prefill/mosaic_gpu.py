@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, mosaic
 from kernels_pallas.mosaic import MATRIX, NOTHING, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import SPAN_TOKENS, TILE_TOKENS, AttentionWork
 
 HALF = 64                # (token, head) rows of one computing warpgroup: the rows of a wgmma
@@ -38,8 +39,8 @@ LOAD = 2                 # the warpgroup that copies; 0 and 1 compute
 
 def paged_prefill(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -55,7 +56,9 @@ def paged_prefill(
     _, K, S, _ = k_PKSH.shape
     options = _Options(
         kv_heads=K, group=N // K, head_dim=H, scale=scale, window=window, soft_cap=soft_cap,
-        blocks=blocks or hopper.blocks("paged_prefill", H, S, fixed_bytes=ROWS * H * 2),
+        blocks=blocks or hopper.blocks(
+            "paged_prefill", H, S, fixed_bytes=ROWS * H * 2, is_quantized=isinstance(k_PKSH, QuantizedPages)
+        ),
     )
     tiles = _tiles(work, options)
     with jax.named_scope("paged_prefill"):
@@ -130,7 +133,7 @@ def _places(tiles: _Tiles, options: _Options, token_count: int) -> tuple[Array, 
 
 
 class _Refs(NamedTuple):
-    """What a program sees, in the order in which Pallas passes it."""
+    """What a program sees."""
 
     q_KQH: Ref
     k_PKSH: Ref
@@ -144,22 +147,28 @@ class _Refs(NamedTuple):
     size_W: Ref
     out_WKQH: Ref
     q_QH: Ref             # shared memory from here on
-    edge: Ref
+    met: Ref              # both computing warpgroups have come
     k_block: Ref
     k_full: Ref
     k_empty: Ref
     v_block: Ref
     v_full: Ref
     v_empty: Ref
-    weight: Ref           # [2, HALF, C]: in the simulator only
+    weight: Ref | None = None          # [2, HALF, C]: in the simulator only
+    k_scale_PKS: Ref | None = None     # from here on where the pages hold codes
+    v_scale_PKS: Ref | None = None
+    k_scale: Ref | None = None
+    k_wide: Ref | None = None
+    v_scale: Ref | None = None
+    v_wide: Ref | None = None
 
     @property
     def keys(self) -> Ring:
-        return Ring(self.k_block, self.k_full, self.k_empty)
+        return Ring(self.k_block, self.k_full, self.k_empty, self.k_scale, self.k_wide)
 
     @property
     def values(self) -> Ring:
-        return Ring(self.v_block, self.v_full, self.v_empty)
+        return Ring(self.v_block, self.v_full, self.v_empty, self.v_scale, self.v_wide)
 
 
 class _Unit(NamedTuple):
@@ -177,32 +186,39 @@ class _Unit(NamedTuple):
 
 
 def _attend(
-    q_KQH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, sink_N: Array | None, tiles: _Tiles,
+    q_KQH: Array, k_PKSH: Pages, v_PKSH: Pages, page_RM: Array, sink_N: Array | None, tiles: _Tiles,
     options: _Options, interpret: Any,
 ) -> Array:
     """The parts' output [parts, K, ROWS, H]; parts without tokens are left as they are in memory."""
     K, G, H, blocks = options.kv_heads, options.group, options.head_dim, options.blocks
-    dtype, page_size = k_PKSH.dtype, k_PKSH.shape[2]
+    dtype = q_KQH.dtype
     sink_KQ = jnp.full((K, HALF), NOTHING, jnp.float32)
     if sink_N is not None:
         sink_KG = sink_N.astype(jnp.float32).reshape(K, G) * mosaic.LOG2E
         sink_KQ = sink_KQ.at[:, : options.half_tokens * G].set(jnp.tile(sink_KG, options.half_tokens))
-    ring = mosaic.ring(blocks.stages, blocks.context, H, dtype, pages=blocks.context // page_size, readers=2)
-    spare = (mosaic.shared((2, HALF, blocks.context), dtype),) if interpret else ()
+    operands = {
+        "q_KQH": q_KQH, **mosaic.pools("k", k_PKSH), **mosaic.pools("v", v_PKSH), "page_RM": page_RM,
+        "sink_KQ": sink_KQ, "tile_count": tiles.count.reshape(1), "token_W": tiles.token_W, "row_W": tiles.row_W,
+        "position_W": tiles.position_W, "size_W": tiles.size_W,
+    }
+    scratch = {
+        "q_QH": mosaic.shared((ROWS, H), dtype), "met": plgpu.Barrier(num_arrivals=2),
+        **mosaic.ring("k", k_PKSH, blocks.stages, blocks.context, dtype, readers=2),
+        **mosaic.ring("v", v_PKSH, blocks.stages, blocks.context, dtype, readers=2),
+    }
+    if interpret:
+        scratch["weight"] = mosaic.shared((2, HALF, blocks.context), dtype)
 
     def body(*refs: Ref) -> None:
-        seen = _Refs(*refs) if interpret else _Refs(*refs, None)
+        seen = _Refs(**dict(zip((*operands, "out_WKQH", *scratch), refs, strict=True)))
         warpgroup = lax.axis_index("warpgroup")
         pl.when(warpgroup == LOAD)(lambda: _load(seen, options))
         pl.when(warpgroup != LOAD)(lambda: _attend_units(seen, options, warpgroup))
 
     return mosaic.launch(
-        body, q_KQH, k_PKSH, v_PKSH, page_RM, sink_KQ, tiles.count.reshape(1), *tiles[1:],
-        name="paged_prefill_attend", grid={"program": blocks.programs}, threads=3, interpret=interpret,
+        body, *operands.values(), name="paged_prefill_attend", grid={"program": blocks.programs}, threads=3,
         out_type=jax.ShapeDtypeStruct((tiles.row_W.shape[0] * options.parts, K, ROWS, H), dtype),
-        scratch=(
-            mosaic.shared((ROWS, H), dtype), plgpu.Barrier(num_arrivals=2), *ring, *ring, *spare,
-        ),
+        scratch=tuple(scratch.values()), interpret=interpret,
     )
 
 
@@ -236,9 +252,11 @@ def _load(refs: _Refs, options: _Options) -> None:
 
         def load_block(block: Array, turn: Array) -> Array:
             first = unit.first + block * options.blocks.context
-            for ring, pages_PKSH in ((refs.keys, refs.k_PKSH), (refs.values, refs.v_PKSH)):
+            for ring, pages_PKSH, scale_PKS in (
+                (refs.keys, refs.k_PKSH, refs.k_scale_PKS), (refs.values, refs.v_PKSH, refs.v_scale_PKS)
+            ):
                 mosaic.load_block(
-                    ring, pages_PKSH, refs.page_RM, unit.row, unit.head, turn,
+                    ring, pages_PKSH, scale_PKS, refs.page_RM, unit.row, unit.head, turn,
                     first=first, begin=unit.begin, end=unit.end,
                 )
             return turn + 1
@@ -298,8 +316,7 @@ def _attend_block(
     C, H = options.blocks.context, options.head_dim
     place = lax.rem(turn, options.blocks.stages)
     plgpu.barrier_wait(refs.k_full.at[place])
-    dot_QC = mosaic.product((HALF, C), refs.q_QH.at[pl.ds(warpgroup * HALF, HALF)], refs.k_block.at[place].T)
-    plgpu.barrier_arrive(refs.k_empty.at[place])
+    dot_QC = _products(refs, warpgroup, place, (HALF, C))
     score_QC = mosaic.base_two_scores(dot_QC, scale=options.scale, soft_cap=options.soft_cap)
     score_QC = _mask(score_QC, options, unit, warpgroup, first)
     new_top_Q = jnp.maximum(top_Q, score_QC.max(axis=1))
@@ -307,22 +324,75 @@ def _attend_block(
     weight_QC = jnp.exp2(score_QC - along(new_top_Q, 0, (HALF, C)))
     total_Q = total_Q * keep_Q + weight_QC.sum(axis=1)
     sum_QH = sum_QH * along(keep_Q, 0, (HALF, H))
-    weight_QC = weight_QC.astype(refs.v_block.dtype)
+    weight_QC = weight_QC.astype(refs.q_QH.dtype)
     # Everything but the product is done before the values are waited for.
     sum_QH, weight_QC, total_Q, new_top_Q = lax.optimization_barrier((sum_QH, weight_QC, total_Q, new_top_Q))
     plgpu.barrier_wait(refs.v_full.at[place])
+    if refs.v_wide is not None:
+        return new_top_Q, total_Q, _add_codes(refs, unit, warpgroup, first, place, sum_QH, weight_QC), turn + 1
 
     @pl.when((first < unit.begin) | (first + C > unit.end))
     def _() -> None:      # both warpgroups read all of the values; one clears what neither may see
         pl.when(warpgroup == 0)(
             lambda: mosaic.clear_outside(refs.v_block.at[place], first, unit.begin, unit.end)
         )
-        plgpu.barrier_arrive(refs.edge)
-        plgpu.barrier_wait(refs.edge)
+        _meet(refs)
 
     sum_QH = _add_values(refs, sum_QH, weight_QC, refs.v_block.at[place], warpgroup)
     plgpu.barrier_arrive(refs.v_empty.at[place])
     return new_top_Q, total_Q, sum_QH, turn + 1
+
+
+def _meet(refs: _Refs) -> None:
+    """Both computing warpgroups wait for each other."""
+    plgpu.barrier_arrive(refs.met)
+    plgpu.barrier_wait(refs.met)
+
+
+def _widen(ring: Ring, place: Array, warpgroup: Array) -> tuple[Ref, Array | int]:
+    """Turns a warpgroup's half of a block into numbers: half of the slots, else of the columns. Its first slot too."""
+    slots, head_dim = ring.wide.shape
+    if slots >= ROWS:
+        offset, rows, columns = warpgroup * (slots // 2), slots // 2, pl.ds(0, head_dim)
+        own = pl.ds(offset, rows), columns
+    else:
+        offset, rows = 0, slots
+        own = pl.ds(0, rows), pl.ds(warpgroup * (head_dim // 2), head_dim // 2)
+    mosaic.widen(ring.block.at[place, *own], ring.wide.at[own], ring.scale.at[place, pl.ds(offset, rows)])
+    return ring.wide.at[own], offset
+
+
+def _products(refs: _Refs, warpgroup: Array, place: Array, shape: tuple[int, int]) -> Array:
+    """Queries times keys of a block that has landed, whose place is then free.
+
+    Codes become numbers, half by either warpgroup and scaled at once: a scale a column would cost more registers than
+    there are. Neither can write to them again while the other reads: in between the two meet over the values, and over
+    the keys for those.
+    """
+    q_QH = refs.q_QH.at[pl.ds(warpgroup * HALF, HALF)]
+    if refs.k_wide is None:
+        dot_QC = mosaic.product(shape, q_QH, refs.k_block.at[place].T)
+        plgpu.barrier_arrive(refs.k_empty.at[place])
+        return dot_QC
+    _widen(refs.keys, place, warpgroup)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.k_empty.at[place])
+    _meet(refs)
+    return mosaic.product(shape, q_QH, refs.k_wide.T)
+
+
+def _add_codes(
+    refs: _Refs, unit: _Unit, warpgroup: Array, first: Array, place: Array, sum_QH: Array, weight_QC: Array
+) -> Array:
+    """sum + weight @ values, of values that are codes."""
+    C = weight_QC.shape[1]
+    own, offset = _widen(refs.values, place, warpgroup)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(refs.v_empty.at[place])
+    is_edge = (first < unit.begin) | (first + C > unit.end)
+    pl.when(is_edge)(lambda: mosaic.clear_outside(own, first + offset, unit.begin, unit.end))
+    _meet(refs)
+    return _add_values(refs, sum_QH, weight_QC, refs.v_wide, warpgroup)
 
 
 def _mask(score_QC: Array, options: _Options, unit: _Unit, warpgroup: Array, first: Array) -> Array:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas.reference import attend_tokens
-from kernels_pallas.storage import from_storage
+from kernels_pallas.quantized import Pages
+from kernels_pallas.reference import attend_tokens, numbers
 from kernels_pallas.work import TILE_TOKENS, AttentionWork
 
 
 def paged_prefill(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -23,7 +23,7 @@ def paged_prefill(
     sink_N: Array | None,
 ) -> Array:
     """See `api.paged_prefill`."""
-    k_PKSH, v_PKSH = from_storage(k_PKSH, q_TNH.dtype), from_storage(v_PKSH, q_TNH.dtype)
+    k_PKSH, v_PKSH = numbers(k_PKSH, q_TNH.dtype), numbers(v_PKSH, q_TNH.dtype)
     T = q_TNH.shape[0]
     offset_Q = jnp.arange(TILE_TOKENS)
     is_real_WQ = offset_Q < work.tile_size_W[:, None]

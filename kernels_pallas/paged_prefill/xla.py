@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from kernels_pallas import pages, softmax
-from kernels_pallas.storage import from_storage
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import TILE_TOKENS, AttentionWork
 
 
 def paged_prefill(
     q_TNH: Array,
-    k_PKSH: Array,
-    v_PKSH: Array,
+    k_PKSH: Pages,
+    v_PKSH: Pages,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -56,11 +56,10 @@ def paged_prefill(
             is_seen_QC = position_C <= position_Q[:, None]
             if window is not None:
                 is_seen_QC &= position_C > position_Q[:, None] - window
-            k_BKCH = from_storage(pages.read_chunk(k_PKSH, table_M[None, index_M]), q_TNH.dtype)
-            v_BKCH = from_storage(pages.read_chunk(v_PKSH, table_M[None, index_M]), q_TNH.dtype)
+            keys = pages.read_chunk(k_PKSH, table_M[None, index_M], q_TNH.dtype)
             is_held_C = (position_C >= begin) & (position_C < end)
-            v_BKCH = jnp.where(is_held_C[:, None], v_BKCH, 0)  # other slots may hold NaN, and 0 * NaN is NaN
-            return softmax.add_chunk(state, q_BKQH, k_BKCH, v_BKCH, is_seen_QC, scale=scale, soft_cap=soft_cap)
+            values = pages.cleared(pages.read_chunk(v_PKSH, table_M[None, index_M], q_TNH.dtype), is_held_C[None])
+            return softmax.add_chunk(state, q_BKQH, keys, values, is_seen_QC, scale=scale, soft_cap=soft_cap)
 
         state = softmax.start(1, K, TILE_TOKENS * G, H, sink_KQ)
         state = lax.fori_loop(begin // chunk, (end + chunk - 1) // chunk, attend_chunk, state)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import hopper
+from kernels_pallas.quantized import Pages, QuantizedPages, quantize
 from kernels_pallas.work import AttentionWork, plan_work
 
 DECODES = ((2, 0, 1), (0, 15, 1), (4, 16, 1), (1, 299, 1))      # row, tokens before, tokens
@@ -41,6 +42,8 @@ class Case:
     soft_cap: float | None = None
     has_sinks: bool = False
     dtype: str = "bfloat16"
+    codes: str | None = None     # what quantised pages hold
+    scales: str = "float32"
     shares_pages: bool = False
     bug: str | None = None   # planted: the check must see it
 
@@ -60,6 +63,15 @@ CASES = {
     "float16": Case(dtype="float16"),
     "shared-pages": Case(heads=4, kv_heads=1, shares_pages=True),
     "nothing-to-do": Case(entries=()),
+    "int8": Case(codes="int8"),
+    "int8-heads-of-128": Case(
+        heads=4, kv_heads=1, head_dim=128, context=128, codes="int8", scales="bfloat16", window=50
+    ),
+    "fp8": Case(heads=8, kv_heads=1, codes="float8_e4m3fn", window=50, soft_cap=2.0, has_sinks=True),
+    "fp8-heads-of-256": Case(heads=2, kv_heads=1, head_dim=256, codes="float8_e4m3fn"),
+    "fp8-no-group": Case(heads=2, kv_heads=2, head_dim=128, codes="float8_e4m3fn", dtype="float16", page_size=64),
+    "bug-codes-not-cleared": Case(heads=4, kv_heads=1, codes="float8_e4m3fn", bug="clear_outside"),
+    "bug-scales-not-cleared": Case(heads=4, kv_heads=1, codes="int8", bug="held_scales"),
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
     "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
 }
@@ -105,14 +117,22 @@ def inputs(case: Case) -> tuple[tuple[jax.Array | AttentionWork, ...], dict[str,
         begin = max(0, start + 1 - case.window) if case.window else 0
         at = np.arange(begin, start + count)
         held_PS[page_RM[row, at // S], at % S] = True
-    k_PKSH, v_PKSH = (
-        jnp.asarray(np.where(held_PS[:, None, :, None], rng.normal(size=(P, K, S, H)), np.nan), case.dtype)
-        for _ in range(2)
-    )
+    k_PKSH, v_PKSH = (_pool(case, rng.normal(size=(P, K, S, H)), held_PS) for _ in range(2))
     q_TNH = jnp.asarray(rng.normal(size=(T, case.heads, H)), case.dtype)
     sink_N = jnp.asarray(rng.normal(size=case.heads), jnp.float32) if case.has_sinks else None
     options = {"scale": H**-0.5, "window": case.window, "soft_cap": case.soft_cap, "sink_N": sink_N}
     return (q_TNH, k_PKSH, v_PKSH, jnp.asarray(page_RM), work), options
+
+
+def _pool(case: Case, x_PKSH: np.ndarray, held_PS: np.ndarray) -> Pages:
+    is_held = held_PS[:, None, :, None]
+    if case.codes is None:
+        return jnp.asarray(np.where(is_held, x_PKSH, np.nan), case.dtype)
+    code, scale = quantize(jnp.asarray(x_PKSH).reshape(-1, *x_PKSH.shape[2:]), case.codes, case.scales)
+    code_PKSH, scale_PKS = code.reshape(x_PKSH.shape), scale.reshape(x_PKSH.shape[:3])
+    if case.codes.startswith("float"):
+        code_PKSH = jnp.where(is_held, code_PKSH, jnp.nan).astype(case.codes)
+    return QuantizedPages(code_PKSH, jnp.where(is_held[..., 0], scale_PKS, jnp.nan).astype(case.scales))
 
 
 def plant(bug: str | None) -> None:
@@ -121,6 +141,8 @@ def plant(bug: str | None) -> None:
 
     if bug == "clear_outside":
         mosaic.clear_outside = lambda *_, **__: None
+    elif bug == "held_scales":
+        mosaic.held_scales = lambda ring, place, layout, *_: mosaic.scales(ring, place, layout)
     elif bug == "barrier_wait":   # the loader overwrites blocks that are being read
         known = mosaic.plgpu
         loader = types.SimpleNamespace(**{name: getattr(known, name) for name in dir(known)})

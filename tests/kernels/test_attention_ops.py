@@ -184,7 +184,7 @@ def test_every_violation_is_named():
 def test_what_nobody_serves_is_refused_with_each_reason():
     step = Step(SMOL, jnp.float32)
     k, v = (x.astype(jnp.int8) for x in (step.k_PKSH, step.v_PKSH))
-    with pytest.raises(NoImplementationError, match=r"xla: pages of int8.*reference: pages of int8"):
+    with pytest.raises(NoImplementationError, match=r"xla: pages of int8.*need scales.*reference: pages of int8"):
         paged_prefill(step.q_TNH, k, v, step.page_RM, step.work, scale=1.0)
     with pytest.raises(NoImplementationError, match="unknown implementation 'mosaic'; there are xla, reference, m"):
         paged_prefill(step.q_TNH, step.k_PKSH, step.v_PKSH, step.page_RM, step.work, scale=1.0, implementation="mosaic")

@@ -14,6 +14,8 @@ import pytest
 from kernels_pallas import hopper
 from kernels_pallas.contract import NoImplementationError
 from kernels_pallas.paged_decode import paged_decode
+from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
+from kernels_pallas.quantized import FP8, FP8_BITS, QuantizedPages
 from scripts.bench_kernels import call_of
 from scripts.check_kernels import missing
 
@@ -56,10 +58,22 @@ def test_a_named_kernel_never_falls_back() -> None:
         paged_decode(*arrays, **options)
 
 
+def test_codes_are_refused_where_a_kernel_cannot_take_them() -> None:
+    scale_PKS = jnp.zeros((2, 2, 16), jnp.float32)
+    bits = QuantizedPages(jnp.zeros((2, 2, 16, 128), FP8_BITS), scale_PKS)
+    assert any("codes of uint8 are for CPUs" in why for why in hopper.refusals(jnp.zeros((4, 4, 128)), bits))
+    q_TNH, wide = jnp.zeros((4, 4, 256), jnp.bfloat16), QuantizedPages(jnp.zeros((2, 2, 16, 256), FP8), scale_PKS)
+    assert not any("quantised" in why for why in hopper.refusals(q_TNH, wide))
+    assert any("heads up to 128, not 256" in why for why in hopper.refusals(q_TNH, wide, QUANTIZED_HEAD_DIM_MAX))
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 @pytest.mark.parametrize(("op", "rows"), [("paged_decode", 0), ("paged_prefill", 128)])
-def test_blocks_fit_into_shared_memory(op: str, rows: int, head_dim: int) -> None:
+def test_blocks_fit_into_shared_memory(op: str, rows: int, head_dim: int, is_quantized: bool) -> None:
     fixed = rows * head_dim * 2
-    blocks = hopper.blocks(op, head_dim, 16, fixed_bytes=fixed)
+    blocks = hopper.blocks(op, head_dim, 16, fixed_bytes=fixed, is_quantized=is_quantized)
     assert blocks.stages >= 2 and blocks.context % 64 == 0
-    assert fixed + blocks.stages * 2 * blocks.context * head_dim * 2 <= hopper.SHARED_BYTES_MAX < 227 * 1024
+    pair = 2 * blocks.context * head_dim
+    ring = blocks.stages * (pair + 8 * blocks.context) + 2 * pair if is_quantized else blocks.stages * 2 * pair
+    assert fixed + ring <= hopper.SHARED_BYTES_MAX < 227 * 1024

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 LIMIT_S = 150     # a case takes 6 to 25 s; a kernel that waits for itself never ends
 OPS = ("paged_decode", "paged_prefill")
 RIGHT = [name for name, case in CASES.items() if case.bug is None]
-BROKEN = [name for name, case in CASES.items() if case.bug is not None]
+# Prefill multiplies values by their scales before it clears them.
+BROKEN = [
+    (op, name) for op in OPS for name, case in CASES.items()
+    if case.bug is not None and (op, case.bug) != ("paged_prefill", "held_scales")
+]
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason=f"the simulator needs jax >= 0.11 (Python >= 3.12), not {jax.__version__}"
@@ -41,8 +45,7 @@ def test_kernel_equals_the_reference_without_a_race(op: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("op", "name"), BROKEN)
 def test_the_check_sees_planted_bugs(op: str, name: str) -> None:
     done = simulate(op, name)
     if done.returncode:
