@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxserve.core.model_spec import LatentAttention, LayerSpec, ModelSpec, MoeMlp
+from jaxserve.core.rope import Rope as RopeSpec
 from jaxserve.layers import paged
 from jaxserve.layers.attention import AttendPort, SelfAttention
 from jaxserve.layers.context import LayerKv, StepContext
@@ -30,6 +31,8 @@ from jaxserve.layers.norm import Normalise
 from jaxserve.layers.rope import Rotation, rotation
 from jaxserve.quantization import online
 from jaxserve.sharding import rules
+
+Turns = tuple[Rotation | None, ...]
 
 
 class Block(nn.Module):
@@ -107,10 +110,8 @@ class Decoder(nn.Module):
         if not spec.is_tied:
             self.head = Vocabulary(spec.vocab_size, spec.width, dtype, has_bias=spec.has_head_bias)
 
-    def hidden(
-        self, token_T: Array, kv: tuple[LayerKv, ...], context: StepContext
-    ) -> tuple[Array, tuple[LayerKv, ...]]:
-        """Hidden states after the final norm, and the cache with the step's keys and values in it."""
+    def embed(self, token_T: Array, context: StepContext) -> tuple[Array, Turns]:
+        """The residual stream before the first layer, and the rotation of each of `ropes(spec)`."""
         with jax.named_scope("embed"):
             x_TD = self.embedding.embed(token_T)
             if self.spec.embedding_scale != 1:
@@ -118,25 +119,30 @@ class Decoder(nn.Module):
             if self.spec.positions is not None:
                 x_TD = x_TD + self.positions.embed(context.position_T + self.spec.positions.offset)
         with jax.named_scope("rope"):
-            ropes = dict.fromkeys(layer.attention.rope for layer in self.spec.layers)
-            turns = {
-                rope: None if rope is None else rotation(rope, context.position_T, context.is_long_T) for rope in ropes
-            }
-        groups = {layer: index for index, group in enumerate(self.spec.kv_groups) for layer in group.layers}
+            return x_TD, tuple(
+                None if rope is None else rotation(rope, context.position_T, context.is_long_T)
+                for rope in ropes(self.spec)
+            )
+
+    def finish(self, x_TD: Array) -> Array:
+        """Hidden states after the final norm."""
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x_TD)
+
+    def hidden(
+        self, token_T: Array, kv: tuple[LayerKv, ...], context: StepContext
+    ) -> tuple[Array, tuple[LayerKv, ...]]:
+        """Hidden states after the final norm, and the cache with the step's keys and values in it."""
+        x_TD, turns = self.embed(token_T, context)
         new_kv = []
         for index, (block, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
-            turn = turns[block.spec.attention.rope]
-            with jax.named_scope(f"layer_{index}"):
-                if self.is_initializing():
-                    x_TD, layer_kv = block(x_TD, turn, layer_kv, context, groups[index])
-                else:
-                    x_TD, layer_kv = _block(
-                        block.variables["params"], x_TD, turn, layer_kv, context,
-                        block=block.clone(parent=None, name=None), group=groups[index],
-                    )
+            if self.is_initializing():
+                turn = turns[ropes(self.spec).index(block.spec.attention.rope)]
+                x_TD, layer_kv = block(x_TD, turn, layer_kv, context, 0)
+            else:
+                x_TD, layer_kv = apply_layer(self, index, block.variables["params"], x_TD, turns, layer_kv, context)
             new_kv.append(layer_kv)
-        with jax.named_scope("final_norm"):
-            return self.final_norm(x_TD), tuple(new_kv)
+        return self.finish(x_TD), tuple(new_kv)
 
     def logits(self, hidden_BD: Array) -> Array:
         """Float32 logits [B, V]."""
@@ -152,6 +158,23 @@ class Decoder(nn.Module):
         """Touches every parameter; for `abstract_params`."""
         hidden_TD, _ = self.hidden(token_T, kv, context)
         return self.logits(hidden_TD)
+
+
+def ropes(spec: ModelSpec) -> tuple[RopeSpec | None, ...]:
+    """The distinct rotations of a model, each computed once a step."""
+    return tuple(dict.fromkeys(layer.attention.rope for layer in spec.layers))
+
+
+def apply_layer(
+    model: Decoder, index: int, params: Any, x_TD: Array, turns: Turns, layer_kv: Any, context: Any
+) -> tuple[Array, Any]:
+    """One layer as a function of its parameters."""
+    spec, layer = model.spec, model.spec.layers[index]
+    group = next(number for number, group in enumerate(spec.kv_groups) if index in group.layers)
+    block = Block(layer, spec.width, model.dtype, model.attend, model.experts, parent=None)
+    with jax.named_scope(f"layer_{index}"):
+        turn = turns[ropes(spec).index(layer.attention.rope)]
+        return _block(params, x_TD, turn, layer_kv, context, block=block, group=group)
 
 
 def abstract_params(

@@ -17,13 +17,14 @@ from jaxserve.core.errors import EngineError
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.runner.compile import Compiler, Executable, Program
 from jaxserve.runner.programs import ProgramSet
+from jaxserve.runner.segments import StepForward
 from jaxserve.runner.setup import RunnerSetup
 
 logger = logging.getLogger("jaxserve.compile")
 
 THREADS_MAX = 8     # programs compiled at once: each takes gigabytes of host memory for a large model
 
-Job = tuple[dict[int, Executable], int, Program]     # where the executable goes, under which bucket
+Job = tuple[dict[int, Executable], int, Program]     # where the executable goes, under which key
 
 
 class ProgramBuilder:
@@ -32,7 +33,8 @@ class ProgramBuilder:
     def __init__(self, setup: RunnerSetup, programs: ProgramSet) -> None:
         self._setup, self._programs = setup, programs
         self.compiler = Compiler(setup.store, setup.devices)
-        self.forward: dict[int, Executable] = {}
+        self.forward: dict[int, StepForward] = {}
+        self._forward_parts: dict[int, dict[int, Executable]] = {}      # by T bucket, in the order of the programs
         self.score: dict[int, Executable] = {}
         self.sample: dict[int, Executable] = {}
         self.clear: dict[int, Executable] = {}       # by KV group
@@ -65,7 +67,8 @@ class ProgramBuilder:
     def temporary_bytes(self) -> int:
         """The most scratch memory that any program so far takes while it runs."""
         with self._lock:
-            built = [*self.forward.values(), *self.sample.values(), *self.score.values()]
+            parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
+            built = [*parts, *self.sample.values(), *self.score.values()]
         return max((temporary_bytes(executable) for executable in built), default=0)
 
     def build_serving_set(self, progress: ProgressPort) -> None:
@@ -125,7 +128,9 @@ class ProgramBuilder:
         programs = self._programs
         jobs: list[Job] = []
         for size in tokens:
-            jobs += [(self.forward, size, programs.forward(size)), (self.score, size, programs.score(size))]
+            parts = self._forward_parts[size] = {}
+            jobs += [(parts, place, program) for place, program in enumerate(programs.forward(size))]
+            jobs.append((self.score, size, programs.score(size)))
         jobs += [(self.sample, size, programs.sample(size)) for size in rows]
         return jobs
 
@@ -133,10 +138,11 @@ class ProgramBuilder:
         def build(job: Job) -> None:
             if self._closing.is_set():
                 return
-            place, bucket, program = job
+            place, key, program = job
             executable = self.compiler.build(program)
             with self._lock:
-                place[bucket] = executable
+                place[key] = executable
+                self._join_forwards()
                 self.token_buckets = tuple(sorted(self.forward.keys() & self.score.keys()))
                 self.row_buckets = tuple(sorted(self.sample))
             advance(1)
@@ -144,6 +150,16 @@ class ProgramBuilder:
         with ThreadPoolExecutor(min(threads, THREADS_MAX), thread_name_prefix="compile") as pool:
             for future in [pool.submit(build, job) for job in jobs]:
                 future.result()
+
+
+    def _join_forwards(self) -> None:
+        """Forwards all of whose programs are there."""
+        segments = self._programs.segments
+        kind_count = max(segment.kind for segment in segments) + 1
+        for size, parts in self._forward_parts.items():
+            if size not in self.forward and len(parts) == kind_count + 2:
+                begin, *kinds, finish = (parts[place] for place in range(len(parts)))
+                self.forward[size] = StepForward(begin, tuple(kinds), finish, segments)
 
 
 def _missing(wanted: tuple[int, ...], there: tuple[int, ...]) -> tuple[int, ...]:

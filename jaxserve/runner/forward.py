@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxserve.layers.context import LayerKv, StepContext
-from jaxserve.models.decoder import Decoder
+from jaxserve.models.decoder import Decoder, Turns, apply_layer
 from jaxserve.runner.inputs import FED_BACK, PageUpdateArrays, StepLayout, unpack
 
 
@@ -40,6 +40,21 @@ class ForwardResult(NamedTuple):
     page_RM: tuple[Array, ...]
 
 
+class Begun(NamedTuple):
+    """A step before its first layer.
+
+    Attributes:
+      token_B: packed index of the token that each sampling row continues.  row_B, position_B: see `Sampling`.
+    """
+
+    x_TD: Array
+    turns: Turns
+    context: StepContext
+    token_B: Array
+    row_B: Array
+    position_B: Array
+
+
 def forward(
     leaves: Sequence[Array],
     kv: tuple[LayerKv, ...],
@@ -52,11 +67,25 @@ def forward(
     tree: Any,
     layout: StepLayout,
 ) -> ForwardResult:
-    """One step of the model.
+    """One step of the model: `begin`, all layers, `finish`.
 
     Args:
       leaves, tree: the parameters, flat: walking a nested tree at every call costs more than the step's dispatch.
     """
+    params = jax.tree.unflatten(tree, leaves)
+    begun = begin(params, page_RM, last_token_R, is_long_R, packed_W, model=model, layout=layout)
+    layers = tuple(range(len(model.spec.layers)))
+    of_layers = [params[f"layers_{index}"] for index in layers]
+    x_TD, kv = run_layers(of_layers, begun.x_TD, begun.turns, begun.context, kv, model=model, layers=layers)
+    hidden_TD, sampling = finish(params, x_TD, begun.token_B, begun.row_B, begun.position_B, model=model)
+    return ForwardResult(hidden_TD=hidden_TD, sampling=sampling, kv=kv, page_RM=begun.context.page_RM)
+
+
+def begin(
+    params: Any, page_RM: tuple[Array, ...], last_token_R: Array, is_long_R: Array, packed_W: Array, *,
+    model: Decoder, layout: StepLayout,
+) -> Begun:
+    """Unpacks the step, updates the page tables, embeds."""
     with jax.named_scope("unpack"):
         step = unpack(packed_W, layout)
         page_RM = tuple(_update(table_RM, updates) for table_RM, updates in zip(page_RM, step.updates, strict=True))
@@ -66,14 +95,28 @@ def forward(
     context = StepContext(
         position_T=step.position_T, row_T=step.row_T, page_RM=page_RM, work=step.work, is_long_T=is_long_T
     )
-    params = {"params": jax.tree.unflatten(tree, leaves)}
-    hidden_TD, kv = model.apply(params, token_T, kv, context, method="hidden")
-    sampling = Sampling(
-        hidden_BD=hidden_TD[step.sample_token_B],
-        row_B=step.sample_row_B,
-        position_B=step.sample_position_B,
-    )
-    return ForwardResult(hidden_TD=hidden_TD, sampling=sampling, kv=tuple(kv), page_RM=page_RM)
+    x_TD, turns = model.apply({"params": params}, token_T, context, method="embed")
+    return Begun(x_TD, turns, context, step.sample_token_B, step.sample_row_B, step.sample_position_B)
+
+
+def run_layers(
+    params: Sequence[Any], x_TD: Array, turns: Turns, context: StepContext, kv: tuple[LayerKv, ...], *,
+    model: Decoder, layers: Sequence[int],
+) -> tuple[Array, tuple[LayerKv, ...]]:
+    """Some layers after each other: their parameters and their caches, in order."""
+    new_kv = []
+    for index, of_layer, layer_kv in zip(layers, params, kv, strict=True):
+        x_TD, layer_kv = apply_layer(model, index, of_layer, x_TD, turns, layer_kv, context)
+        new_kv.append(layer_kv)
+    return x_TD, tuple(new_kv)
+
+
+def finish(
+    params: Any, x_TD: Array, token_B: Array, row_B: Array, position_B: Array, *, model: Decoder
+) -> tuple[Array, Sampling]:
+    """The final norm, and what the sampler needs."""
+    hidden_TD = model.apply({"params": params}, x_TD, method="finish")
+    return hidden_TD, Sampling(hidden_BD=hidden_TD[token_B], row_B=row_B, position_B=position_B)
 
 
 def _update(table_RM: Array, updates: PageUpdateArrays) -> Array:

@@ -1,8 +1,8 @@
 """The programs of a runner: each pure function with its abstract arguments, donations and placements.
 
-Knows shapes; compiles nothing. Four kinds: forward (a T bucket each), sample (a B bucket each), score (a T bucket
-each), and the ones without buckets: reset, admit, admit_slot, clear.
-Invariant: |T buckets| + |B buckets| programs cover every step, because nothing depends on both.
+Knows shapes; compiles nothing. Four kinds: forward (begin, the kinds of segments and finish, for each T bucket), sample
+(a B bucket each), score (a T bucket each), and the ones without buckets: reset, admit, admit_slot, clear.
+Invariant: what depends on T does not depend on B, so the programs of every step are |T buckets| + |B buckets|.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from jaxserve.layers.context import LayerKv
 from jaxserve.models.decoder import Decoder
 from jaxserve.runner import kv_cache, rows
 from jaxserve.runner.compile import Program
-from jaxserve.runner.forward import ForwardResult, Sampling, forward
+from jaxserve.runner.forward import Begun, Sampling, begin, finish, run_layers
 from jaxserve.runner.inputs import StepLayout
 from jaxserve.runner.row_state import RowState
 from jaxserve.runner.sample import head_params, sample_step, score_step
 from jaxserve.runner.sampling import Logprobs, Sampled
+from jaxserve.runner.segments import cut, ends, leaves_of
 from jaxserve.runner.setup import RunnerSetup
 from kernels_pallas.storage import storage_dtype
 
@@ -36,8 +37,13 @@ class ProgramSet:
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype, experts=setup.experts)
-        self._leaves, self._tree = self._flat(params)
-        self._head_leaves, self._head_tree = self._flat(head_params(params, setup.spec))
+        self.segments = cut(setup.spec)
+        params = self._abstract(params)
+        self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
+        self._layer_trees = [jax.tree.structure(params[f"layers_{index}"]) for index in range(len(setup.spec.layers))]
+        self._end_trees = tuple(jax.tree.structure(end) for end in ends(params))
+        self._head_leaves, self._head_tree = jax.tree.flatten(head_params(params, setup.spec))
+        self._head_leaves = tuple(self._head_leaves)
         self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)
         self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
         self._rows = self._placed(jax.eval_shape(functools.partial(rows.empty, setup.shape)))
@@ -57,18 +63,56 @@ class ProgramSet:
         """The packed vector of a token bucket."""
         return self._layouts[tokens]
 
-    def forward(self, tokens: int) -> Program:
-        """The model over a step of at most `tokens` tokens."""
+    def forward(self, tokens: int) -> tuple[Program, ...]:
+        """A step of at most `tokens` tokens: begin, the layers of each kind of segment, finish."""
+        begun = self._begun(tokens)
+        kinds = {segment.kind: segment for segment in reversed(self.segments)}     # the first of each kind
+        return (
+            self._begin(tokens, begun),
+            *(self._layers(tokens, begun, kinds[kind].layers) for kind in range(len(kinds))),
+            self._finish(tokens, begun),
+        )
+
+    def _begin(self, tokens: int, begun: Begun) -> Program:
         layout = self.layout(tokens)
-        results = ForwardResult(hidden_TD=0, sampling=self._sampling, kv=self._kv, page_RM=self._tables)
         return self._program(
-            f"forward_T{tokens}",
-            functools.partial(forward, model=self._model, tree=self._tree, layout=layout),
-            (
-                self._leaves, self._kv, self._tables, self._rows.last_token_R, self._rows.settings.is_long_R,
-                self._array(layout.size),
-            ),
-            results, donated=(1, 2), closes_over=layout,
+            f"forward_T{tokens}_begin",
+            functools.partial(_on_tree, begin, self._end_trees[0], model=self._model, layout=layout),
+            self._begin_arguments(tokens), begun, donated=(1,), closes_over=layout,
+        )
+
+    def _begin_arguments(self, tokens: int) -> tuple[Any, ...]:
+        return (
+            self._leaves.begin, self._tables, self._rows.last_token_R, self._rows.settings.is_long_R,
+            self._array(self.layout(tokens).size),
+        )
+
+    def _begun(self, tokens: int) -> Begun:
+        function = functools.partial(
+            _on_tree, begin, self._end_trees[0], model=self._model, layout=self.layout(tokens)
+        )
+        return self._placed(jax.eval_shape(function, *self._begin_arguments(tokens)))
+
+    def _layers(self, tokens: int, begun: Begun, layers: range) -> Program:
+        trees = [self._layer_trees[index] for index in layers]
+        leaves = next(
+            leaves for leaves, segment in zip(self._leaves.segments, self.segments, strict=True)
+            if segment.layers == layers
+        )
+        kv = self._kv[layers.start : layers.stop]
+        return self._program(
+            f"forward_T{tokens}_layers{layers.start}",
+            functools.partial(_on_trees, run_layers, trees, model=self._model, layers=layers),
+            (leaves, begun.x_TD, begun.turns, begun.context, kv), (begun.x_TD, kv),
+            donated=(1, 4), closes_over=(layers, self.layout(tokens)),
+        )
+
+    def _finish(self, tokens: int, begun: Begun) -> Program:
+        return self._program(
+            f"forward_T{tokens}_finish",
+            functools.partial(_on_tree, finish, self._end_trees[1], model=self._model),
+            (self._leaves.finish, begun.x_TD, begun.token_B, begun.row_B, begun.position_B),
+            (begun.x_TD, self._sampling), closes_over=tokens,
         )
 
     def sample(self, count: int) -> Program:
@@ -133,19 +177,30 @@ class ProgramSet:
             identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {closes_over!r}",
         )
 
-    def _flat(self, params: Any) -> tuple[tuple[jax.ShapeDtypeStruct, ...], Any]:
-        leaves, tree = jax.tree.flatten(params)
-        placed = [getattr(leaf, "sharding", None) or self._setup.replicated for leaf in leaves]
-        return tuple(
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for leaf, sharding in zip(leaves, placed, strict=True)
-        ), tree
+    def _abstract(self, params: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or self._setup.replicated
+            ),
+            params,
+        )
 
     def _array(self, *size: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=self._setup.replicated)
 
     def _placed(self, tree: Any) -> Any:
         return jax.tree.map(lambda leaf: self._array(*leaf.shape, dtype=leaf.dtype), tree)
+
+
+def _on_tree(function: Any, tree: Any, leaves: Any, *arguments: Any, **closed_over: Any) -> Any:
+    """`function` of a parameter tree, as a function of its leaves."""
+    return function(jax.tree.unflatten(tree, leaves), *arguments, **closed_over)
+
+
+def _on_trees(function: Any, trees: Any, leaves: Any, *arguments: Any, **closed_over: Any) -> Any:
+    """The same for one tree a layer."""
+    params = [jax.tree.unflatten(tree, of_layer) for tree, of_layer in zip(trees, leaves, strict=True)]
+    return function(params, *arguments, **closed_over)
 
 
 def _clear(kv: tuple[LayerKv, ...], page_U: jax.Array, *, layers: tuple[int, ...]) -> tuple[LayerKv, ...]:

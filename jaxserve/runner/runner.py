@@ -35,6 +35,7 @@ from jaxserve.runner.programs import CLEAR_PAGES, ProgramSet
 from jaxserve.runner.row_state import RowState
 from jaxserve.runner.sample import head_params
 from jaxserve.runner.sampling import Logprobs, Sampled
+from jaxserve.runner.segments import Leaves, leaves_of
 from jaxserve.runner.setup import RunnerSetup
 
 logger = logging.getLogger("jaxserve.runner")
@@ -64,9 +65,9 @@ class Runner:
 
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
-        self._leaves = tuple(jax.tree.leaves(params))
-        self._head_leaves = tuple(jax.tree.leaves(head_params(params, setup.spec)))
         self._programs = ProgramSet(setup, params)
+        self._leaves = leaves_of(params, self._programs.segments)
+        self._head_leaves = tuple(jax.tree.leaves(head_params(params, setup.spec)))
         self._builder = ProgramBuilder(setup, self._programs)
         self._wants_logprobs_R = np.zeros(setup.shape.row_count, bool)
         self._state: DeviceState | None = None
@@ -180,7 +181,7 @@ class Runner:
         """Stops compiling and lets go of the device's memory."""
         self._builder.close()
         self._state = None
-        self._leaves = self._head_leaves = ()
+        self._leaves, self._head_leaves = Leaves(), ()
 
     def _run_once(self) -> None:
         """A step of nothing but padding: a program that cannot run must fail the start, not the first request."""

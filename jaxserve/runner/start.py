@@ -154,7 +154,7 @@ def _measure_temporaries(setup: RunnerSetup, params: Any) -> int:
     """Scratch memory of the hungriest program, by compiling the largest of each kind at the provisional pool."""
     programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
     tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max
-    largest = (programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
+    largest = (*programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
     return max(temporary_bytes(compiler.build(program)) for program in largest)
 
 

@@ -22,7 +22,8 @@ from tests.device.tiny import prompt_of, tiny_config, tiny_params, tiny_setup, t
 
 SPEC = tiny_spec(is_tied=True)
 SMALL, LARGE = 8, 16
-PROGRAMS = 4 + 2 * 2 + 2      # reset, admit, admit_slot, clear; forward and score by T; sample by B
+# reset, admit, admit_slot, clear; forward (begin, layers, finish) and score by T; sample by B
+PROGRAMS = 4 + (3 + 1) * 2 + 2
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +188,8 @@ def test_a_bucket_that_does_not_compile_ends_the_engine(params, store):
     """A background failure is told to the engine's thread at its next launch, and `wait_ready` raises it."""
     broken = make(params, store)
     broken.compile_serving_set(NoProgress())
-    program = broken._programs.forward(LARGE)
-    broken._programs.forward = lambda tokens: replace(program, function=_broken, name="broken")
+    begin, *others = broken._programs.forward(LARGE)
+    broken._programs.forward = lambda tokens: (replace(begin, function=_broken, name="broken"), *others)
     broken.compile_rest(NoProgress())
     with pytest.raises(EngineError, match="no such luck"):
         broken.wait_ready(240)
