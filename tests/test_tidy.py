@@ -67,7 +67,7 @@ def test_files_say_what_they_are_and_are_named_for_it(path: Path) -> None:
 
 def test_nothing_left_undone_without_its_issue() -> None:
     marker = re.compile(r"\b(?:TODO|FIXME|XXX|HACK)\b(?!\(#\d+\))")
-    for path in (*PYTHON, *PROSE, *(ROOT / "configs").iterdir(), ROOT / "Makefile", ROOT / "pyproject.toml"):
+    for path in (*PYTHON, *PROSE, *(ROOT / "configs").rglob("*.yaml"), ROOT / "Makefile", ROOT / "pyproject.toml"):
         if path != Path(__file__):
             found = marker.search(path.read_text(encoding="utf-8"))
             assert found is None, f"{name_of(path)}: {found}"
@@ -171,7 +171,7 @@ def test_no_module_is_dead() -> None:
 
 def test_no_script_or_config_is_dead() -> None:
     readers = [*PYTHON, *PROSE, ROOT / "Makefile", *(ROOT / "scripts").iterdir(), *(ROOT / ".ci").iterdir()]
-    for path in [*(ROOT / "scripts").glob("*.*"), *(ROOT / "configs").iterdir()]:
+    for path in [*(ROOT / "scripts").glob("*.*"), *(ROOT / "configs").rglob("*.yaml")]:
         others = (reader for reader in readers if reader != path and reader.is_file())
         assert any(re.search(rf"\b{path.stem}\b", other.read_text(encoding="utf-8")) for other in others), name_of(path)
 

@@ -19,7 +19,7 @@ def read_config(name: str) -> dict[str, Any]:
 
     path = locate(name)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _loader())
+        content = yaml.load(path.read_text(encoding="utf-8"), strict_loader())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config {name!r} cannot be read as YAML: {error}") from error
     if content is None:
@@ -42,7 +42,7 @@ def read_config(name: str) -> dict[str, Any]:
     return values
 
 
-def _loader() -> type:
+def strict_loader() -> type:
     """YAML's safe loader, except that a key given twice is an error instead of its last value."""
     import yaml
 
