@@ -41,11 +41,12 @@ class Blocks:
     programs: int = MULTIPROCESSORS
 
 
-def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIMS[-1]) -> list[str]:
+def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIMS[-1], tokens: int = 1) -> list[str]:
     """Why the Mosaic GPU attention kernels cannot serve these arrays here.
 
     Args:
       quantized_head_dim_max: heads up to which a kernel has the registers to widen codes.
+      tokens: query tokens that share one reading of the context.
     """
     _, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
@@ -55,8 +56,9 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
     allowed = [size for size in PAGE_SIZES if size <= block_slots(H)]
     if S not in allowed:
         found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (at heads of {H})")
-    if N // K > GROUP_MAX:
-        found.append(f"{N // K} query heads a kv head are more than {GROUP_MAX}")
+    if N // K * tokens > GROUP_MAX:
+        drafts = f" of {tokens} tokens each" if tokens > 1 else ""
+        found.append(f"{N // K} query heads a kv head{drafts} are more than {GROUP_MAX}")
     stored = k_PKSH.code_PKSH.dtype if isinstance(k_PKSH, QuantizedPages) else k_PKSH.dtype
     is_alike = isinstance(k_PKSH, QuantizedPages) or stored == q_TNH.dtype
     if isinstance(k_PKSH, QuantizedPages) and quantized_head_dim_max < H:

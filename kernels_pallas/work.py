@@ -1,9 +1,10 @@
 """Attention work of one step, planned on the host once and shared by all layers.
 
 Knows which packed tokens belong to which row and how long each row is; knows no page, no head and no dtype.
-A step has a decode section (one token a sequence, sorted by length into blocks, so that a block's loop over the
-context wastes little) and a prefill section (tiles of consecutive query tokens of one sequence). GPU kernels want other
-cuts of the same work: pieces of each decode token's context, and spans, which are tiles of more tokens.
+A step has a decode section (one token a sequence, or as many as verify a draft; sorted by length into blocks, so that a
+block's loop over the context wastes little) and a prefill section (tiles of consecutive query tokens of one sequence).
+GPU kernels want other cuts of the same work: pieces of each decode entry's context, and spans, which are tiles of more
+tokens.
 Invariant: shapes depend on the token bucket T and the row count R only. How many blocks and tiles there are, and how
 far each one reads, is data: the context length needs no bucket.
 """
@@ -29,10 +30,10 @@ class AttentionWork:
     """Work items of one step, all int32.
 
     Attributes:
-      decode_count: [] entries with one token; they are the first packed tokens, in entry order.
-      decode_token_W: packed token of each decode slot, longest context first; 0 past decode_count.
+      decode_count: [] decode entries; theirs are the first packed tokens, in entry order.
+      decode_token_W: first packed token of each decode slot, longest context first; 0 past decode_count.
       decode_row_W: its row; 0 past decode_count.
-      decode_length_W: its context length, the token itself included; 0 past decode_count.
+      decode_length_W: its context length, its tokens included; 0 past decode_count.
       decode_slot_W: the inverse of decode_token_W: where entry i went.
       tile_count: [] prefill tiles.
       tile_token_W: first packed token of each tile.  tile_row_W: its row.  tile_position_W: that token's position.
@@ -108,13 +109,15 @@ def plan_work(
     decode_count: int,
     token_count_bucket: int,
     row_count: int,
+    decode_tokens: int = 1,
 ) -> dict[str, NDArray[np.int32]]:
     """Plans a step, padded to `work_layout(token_count_bucket, row_count)`.
 
     Args:
       row_A: row of each entry; every row at most once.
       start_A: position of the entry's first token.  count_A: its tokens, packed in entry order.
-      decode_count: entries before this index have one token each; those after it are tiled, whatever their count.
+      decode_count: entries before this index have `decode_tokens` each; those after it are tiled, whatever their count.
+      decode_tokens: one, or one and the drafts after it: all of an entry are computed over one reading of its context.
     """
     layout = work_layout(token_count_bucket, row_count)
     work = {name: np.zeros(shape, np.int32) for name, shape in layout.items()}
@@ -125,20 +128,22 @@ def plan_work(
             f"a step of {entry_count} entries and {token_total} tokens does not fit {row_count} rows and a bucket of "
             f"{token_count_bucket} tokens"
         )
-    if not 0 <= decode_count <= entry_count or (count_A[:decode_count] != 1).any():
-        raise ValueError(f"decode_count is {decode_count}: that many first entries must have one token each")
+    if not 0 <= decode_count <= entry_count or (count_A[:decode_count] != decode_tokens).any():
+        raise ValueError(
+            f"decode_count is {decode_count}: that many first entries must have decode_tokens={decode_tokens} each"
+        )
     work["decode_count"][...] = decode_count
     if decode_count:
-        length_A = start_A[:decode_count] + 1
+        length_A = start_A[:decode_count] + decode_tokens
         order = np.argsort(-length_A, kind="stable")
-        work["decode_token_W"][:decode_count] = order
+        work["decode_token_W"][:decode_count] = order * decode_tokens
         work["decode_row_W"][:decode_count] = row_A[order]
         work["decode_length_W"][:decode_count] = length_A[order]
         work["decode_slot_W"][order] = np.arange(decode_count, dtype=np.int32)
         _plan_pieces(work, length_A[order])
     if decode_count < entry_count:
         for kind, size in (("tile", TILE_TOKENS), ("span", SPAN_TOKENS)):
-            _plan_tiles(work, kind, size, row_A, start_A, count_A, decode_count)
+            _plan_tiles(work, kind, size, row_A, start_A, count_A, decode_count, decode_tokens)
     return work
 
 
@@ -168,6 +173,7 @@ def _plan_tiles(
     start_A: NDArray[np.int32],
     count_A: NDArray[np.int32],
     decode_count: int,
+    decode_tokens: int,
 ) -> None:
     """Cuts entries from `decode_count` on into tiles of `size` consecutive tokens, in packed order."""
     count_A = count_A[decode_count:]
@@ -176,7 +182,7 @@ def _plan_tiles(
     entry_W = np.repeat(np.arange(count_A.shape[0]), tiles_A)
     first_tile_A = np.cumsum(tiles_A) - tiles_A
     offset_W = (np.arange(total) - first_tile_A[entry_W]) * size
-    first_token_A = decode_count + np.cumsum(count_A) - count_A
+    first_token_A = decode_count * decode_tokens + np.cumsum(count_A) - count_A
     work[f"{kind}_count"][...] = total
     work[f"{kind}_token_W"][:total] = first_token_A[entry_W] + offset_W
     work[f"{kind}_row_W"][:total] = row_A[decode_count:][entry_W]

@@ -43,6 +43,7 @@ PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
 BEGIN, END = "<!-- compiled for an H200: begin -->", "<!-- compiled for an H200: end -->"
 # Compiled over pages of eight bits too.
 IN_CODES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
+VERIFIED = ("qwen2.5-3b", "llama-3.1-8b", "gpt-oss-20b-local")     # compiled with several tokens an entry too
 ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
 HEADER = "| op | shape | page | registers | spilled B | shared KiB | temporaries KiB |\n|---|---|---|---|---|---|---|"
@@ -90,9 +91,10 @@ def abstract_pool(shape: HeadShape, page: int, codes: str | None) -> Pages:
 
 
 def attention_rows(
-    name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int, codes: str | None = None
+    name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int, codes: str | None = None,
+    drafted: int = 1,
 ) -> Iterator[str]:
-    """A row a kernel of the op."""
+    """A row a kernel of the op; `drafted` tokens an entry."""
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
@@ -101,11 +103,14 @@ def attention_rows(
     if shape.has_sinks:
         arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
     options = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+    if drafted > 1:
+        options["tokens"] = drafted
 
     def call(*given: Any) -> jax.Array:
         sink_N = given[5] if shape.has_sinks else None
         return op(*given[:5], sink_N=sink_N, implementation="mosaic_gpu", **options)
 
+    drafts = f", {drafted} tokens" if drafted > 1 else ""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         temporaries = compiled(call, *arrays).memory_analysis().temp_size_in_bytes
@@ -120,8 +125,8 @@ def attention_rows(
             assert shared is not None, resources
             kernel = re.sub(r"_\d+$", "", report.stem).removeprefix(f"{name}_")
             yield (
-                f"| {name}: {kernel} | {described(shape, codes)} | {page} | {registers[1]} | {spilled} | "
-                f"{int(shared[1]) // 1024} | {temporaries // 1024} |"
+                f"| {name}: {kernel} | {described(shape, codes)}{drafts} | {page} | {registers[1]} | "
+                f"{spilled} | {int(shared[1]) // 1024} | {temporaries // 1024} |"
             )
 
 
@@ -203,6 +208,8 @@ def rows(wanted: str) -> Iterator[str]:
         if shape.head_dim <= QUANTIZED_HEAD_DIM_MAX:
             yield from attention_rows("paged_prefill", paged_prefill, shape, 16, PREFILL_TOKENS, codes)
         yield write_row(shape, 16, PREFILL_TOKENS, codes)
+    for shape in (head_shape(name) for name in VERIFIED if wanted in name):
+        yield from attention_rows("paged_decode", paged_decode, shape, 16, 4 * DECODE_TOKENS, drafted=4)
     for case in grouped_matmul_cases.CASES:
         if case.tokens in (16, 512) and wanted in case.model:
             yield grouped_row(case)

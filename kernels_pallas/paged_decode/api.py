@@ -1,7 +1,8 @@
-"""Attention of a step's decode section: one query token a sequence over its paged context.
+"""Attention of a step's decode section: one query token a sequence, or a few that verify a draft, over paged context.
 
-Contract: the first `work.decode_count` packed tokens are computed, all others are zero. A token at length n sees slots
-[0, n) of its row (the newest `window` of them), never another slot, whatever that holds. Softmax in float32.
+Contract: the first `work.decode_count * tokens` packed tokens are computed, all others are zero. The last of an entry's
+tokens sees slots [0, length) of its row, each before it one less (of these the newest `window`), never another slot,
+whatever that holds. Softmax in float32.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def paged_decode(
     window: int | None = None,
     soft_cap: float | None = None,
     sink_N: Array | None = None,
+    tokens: int = 1,
     implementation: str | None = None,
 ) -> Array:
     """Grouped-query attention of the decode tokens; [T, N, H] like q.
@@ -46,17 +48,23 @@ def paged_decode(
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
+      tokens: query tokens of every entry, as the step was planned; they share one reading of the context.
       implementation: "xla", "reference", "mosaic_gpu", or None for the first of these that serves the request.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
     )
+    if not 1 <= tokens <= q_TNH.shape[0]:
+        violations.append(f"tokens must be 1 .. {q_TNH.shape[0]}, those of the step, got {tokens}")
     contract.require("paged_decode", violations)
     refusals = {
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
-        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH),
+        "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, tokens=tokens),
     }
     chosen = contract.choose("paged_decode", implementation, refusals)
     attend = _implementation(chosen)
-    return attend(q_TNH, k_PKSH, v_PKSH, page_RM, work, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N)
+    return attend(
+        q_TNH, k_PKSH, v_PKSH, page_RM, work,
+        scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, tokens=tokens,
+    )

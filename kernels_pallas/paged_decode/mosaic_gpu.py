@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, mosaic
 from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.paged_decode.slots import gather, repeated_sinks, scatter
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork
 
@@ -47,31 +48,29 @@ def paged_decode(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    tokens: int = 1,
     blocks: hopper.Blocks | None = None,
     interpret: Any = None,
 ) -> Array:
     """See `api.paged_decode`. `blocks` overrides the sizes, `interpret` runs the simulator."""
     T, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
-    slots = work.decode_token_W.shape[0]
-    group, padded = N // K, -(-(N // K) // 8) * 8
+    group = N // K * tokens
+    padded = -(-group // 8) * 8
     options = _Options(
-        kv_heads=K, padded_group=padded, head_dim=H, scale=scale, window=window, soft_cap=soft_cap,
+        kv_heads=K, tokens=tokens, heads=N // K, padded_group=padded, head_dim=H,
+        scale=scale, window=window, soft_cap=soft_cap,
         blocks=blocks or hopper.blocks("paged_decode", H, S, is_quantized=isinstance(k_PKSH, QuantizedPages)),
     )
     with jax.named_scope("paged_decode"):
-        q_WKGH = q_TNH.at[work.decode_token_W].get(mode="clip").reshape(slots, K, group, H)
-        q_WKGH = jnp.pad(q_WKGH, ((0, 0), (0, 0), (0, padded - group), (0, 0)))
+        q_WKGH = jnp.pad(gather(q_TNH, work, K, tokens), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
         sink_KG = jnp.full((K, padded), NOTHING, jnp.float32)
         if sink_N is not None:
-            sink_KG = sink_KG.at[:, :group].set(sink_N.astype(jnp.float32).reshape(K, group) * mosaic.LOG2E)
+            sinks_KG = repeated_sinks(sink_N.astype(jnp.float32) * mosaic.LOG2E, K, tokens)
+            sink_KG = sink_KG.at[:, :group].set(sinks_KG)
         partial_WKHG, logsum_WKG = _attend(q_WKGH, k_PKSH, v_PKSH, page_RM, work, options, interpret)
         out_WKHG = _combine(partial_WKHG, logsum_WKG, sink_KG, work, options, q_TNH.dtype, interpret)
-        out_WNH = out_WKHG[..., :group].swapaxes(2, 3).reshape(slots, N, H)
-        out_WNH = out_WNH.at[work.decode_slot_W].get(mode="clip")
-        out_TNH = jnp.pad(out_WNH, ((0, max(0, T - slots)), (0, 0), (0, 0)))[:T]
-        is_decode_T = jnp.arange(T, dtype=jnp.int32) < work.decode_count
-        return jnp.where(is_decode_T[:, None, None], out_TNH, 0)
+        return scatter(out_WKHG[..., :group].swapaxes(2, 3), work, T, tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +78,19 @@ class _Options:
     """What a program is compiled for."""
 
     kv_heads: int
-    padded_group: int     # query heads a kv head, rounded up to the 8 columns that wgmma wants
+    tokens: int           # of an entry
+    heads: int            # query heads a kv head
+    padded_group: int     # tokens * heads, rounded up to the 8 columns that wgmma wants
     head_dim: int
     scale: float
     window: int | None
     soft_cap: float | None
     blocks: hopper.Blocks
+
+    @property
+    def reach(self) -> int | None:
+        """Slots before an entry's end that any of its tokens sees."""
+        return None if self.window is None else self.window + self.tokens - 1
 
 
 class _Refs(NamedTuple):
@@ -187,8 +193,8 @@ def _unit(refs: _Refs, options: _Options, index: Array) -> _Unit:
     linear = lax.axis_index("program") + index * options.blocks.programs
     piece, head = lax.div(linear, options.kv_heads), lax.rem(linear, options.kv_heads)
     slot, begin, end = refs.piece_slot_W[piece], refs.piece_begin_W[piece], refs.piece_end_W[piece]
-    if options.window is not None:
-        begin = jnp.maximum(begin, refs.length_W[slot] - options.window)
+    if options.reach is not None:
+        begin = jnp.maximum(begin, refs.length_W[slot] - options.reach)
     first = begin - lax.rem(begin, options.blocks.context)
     is_live = begin < end
     blocks = jnp.where(is_live, pl.cdiv(end - first, options.blocks.context), 0)
@@ -271,6 +277,8 @@ def _attend_block(
         return jnp.where((slot_CG >= unit.begin) & (slot_CG < unit.end), score_CG, NOTHING)
 
     score_CG = lax.cond(is_edge, masked, lambda: score_CG)
+    if options.tokens > 1:
+        score_CG = _mask_drafts(score_CG, options, refs.length_W[unit.slot] - first)
     new_top_G = jnp.maximum(top_G, score_CG.max(axis=0))
     keep_G = jnp.exp2(top_G - new_top_G)
     weight_CG = jnp.exp2(score_CG - along(new_top_G, 1, (C, G)))
@@ -290,6 +298,32 @@ def _attend_block(
     added_HG = mosaic.product((H, G), values.T, refs.weight_GC.T)
     plgpu.barrier_arrive(refs.v_empty.at[place])
     return new_top_G, total_CG, sum_HG * along(keep_G, 1, (H, G)) + added_HG, turn + 1
+
+
+def _mask_drafts(score_CG: Array, options: _Options, length: Array) -> Array:
+    """Scores with NOTHING where a token that has others after it does not see a slot.
+
+    A column may see nothing of a whole piece: its log-sum-exp is then so small that the combining kernel drops it.
+
+    Args:
+      length: of the entry, less the block's first slot.
+    """
+    C, G = score_CG.shape
+
+    def masked() -> Array:
+        column_G = plgpu.broadcasted_iota(jnp.int32, (G,), 0, layout=PER_COLUMN)
+        token_G = jnp.minimum(lax.div(column_G, jnp.full_like(column_G, options.heads)), options.tokens - 1)
+        end_G = length - (options.tokens - 1) + token_G
+        slot_CG = plgpu.broadcasted_iota(jnp.int32, (C, G), 0, layout=MATRIX)
+        seen_CG = jnp.where(slot_CG < along(end_G, 1, (C, G)), score_CG, NOTHING)
+        if options.window is None:
+            return seen_CG
+        return jnp.where(slot_CG >= along(end_G - options.window, 1, (C, G)), seen_CG, NOTHING)
+
+    needed = length - (options.tokens - 1) < C
+    if options.window is not None:
+        needed |= length > options.window
+    return lax.cond(needed, masked, lambda: score_CG)
 
 
 def _products(refs: _Refs, place: Array, shape: tuple[int, int]) -> Array:
@@ -316,7 +350,7 @@ def _combine(
     def body(partial: Ref, logsum: Ref, sink: Ref, first_W: Ref, end_W: Ref, length_W: Ref, out: Ref) -> None:
         slot, head = lax.axis_index("slot"), lax.axis_index("head")
         begin, end = first_W[slot], first_W[slot + 1]
-        unseen = 0 if options.window is None else length_W[slot] - options.window
+        unseen = 0 if options.reach is None else length_W[slot] - options.reach
 
         def weigh(part_HG: Array, log_G: Array, top_G: Array, total_G: Array, sum_HG: Array) -> tuple[Array, ...]:
             new_top_G = jnp.maximum(top_G, log_G)

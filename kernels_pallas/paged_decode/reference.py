@@ -21,13 +21,17 @@ def paged_decode(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    tokens: int = 1,
 ) -> Array:
     """See `api.paged_decode`."""
     k_PKSH, v_PKSH = numbers(k_PKSH, q_TNH.dtype), numbers(v_PKSH, q_TNH.dtype)
-    out_WNH = attend_tokens(
-        q_TNH[work.decode_token_W], k_PKSH, v_PKSH, page_RM, work.decode_row_W, work.decode_length_W - 1,
-        scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N,
-    )
-    slot_W = jnp.arange(work.decode_token_W.shape[0])
-    token_W = jnp.where(slot_W < work.decode_count, work.decode_token_W, q_TNH.shape[0])
-    return jnp.zeros_like(q_TNH).at[token_W].set(out_WNH, mode="drop")
+    is_real_W = jnp.arange(work.decode_token_W.shape[0]) < work.decode_count
+    out_TNH = jnp.zeros_like(q_TNH)
+    for index in range(tokens):
+        token_W = work.decode_token_W + index
+        out_WNH = attend_tokens(
+            q_TNH.at[token_W].get(mode="clip"), k_PKSH, v_PKSH, page_RM, work.decode_row_W,
+            work.decode_length_W - tokens + index, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N,
+        )
+        out_TNH = out_TNH.at[jnp.where(is_real_W, token_W, q_TNH.shape[0])].set(out_WNH, mode="drop")
+    return out_TNH

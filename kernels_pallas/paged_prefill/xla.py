@@ -73,4 +73,4 @@ def paged_prefill(
         tile_last = jnp.maximum(work.tile_count - 1, 0)
         end = work.tile_token_W[tile_last] + work.tile_size_W[tile_last]
         token_T = jnp.arange(T, dtype=jnp.int32)
-        return jnp.where(((token_T >= work.decode_count) & (token_T < end))[:, None, None], out_TNH, 0)
+        return jnp.where(((token_T >= work.tile_token_W[0]) & (token_T < end))[:, None, None], out_TNH, 0)

@@ -25,6 +25,7 @@ from kernels_pallas.quantized import Pages, QuantizedPages, quantize
 from kernels_pallas.work import AttentionWork, plan_work
 
 DECODES = ((2, 0, 1), (0, 15, 1), (4, 16, 1), (1, 299, 1))      # row, tokens before, tokens
+DRAFTS = ((2, 0, 3), (0, 15, 3), (4, 254, 3), (1, 299, 3), (3, 70, 9))
 MIXED = ((3, 40, 1), (1, 299, 1), (5, 0, 9), (0, 70, 40))
 
 
@@ -40,6 +41,7 @@ class Case:
     context: int = 64        # slots a block
     window: int | None = None
     soft_cap: float | None = None
+    tokens: int = 1          # of a decode entry
     has_sinks: bool = False
     dtype: str = "bfloat16"
     codes: str | None = None     # what quantised pages hold
@@ -70,6 +72,10 @@ CASES = {
     "fp8": Case(heads=8, kv_heads=1, codes="float8_e4m3fn", window=50, soft_cap=2.0, has_sinks=True),
     "fp8-heads-of-256": Case(heads=2, kv_heads=1, head_dim=256, codes="float8_e4m3fn"),
     "fp8-no-group": Case(heads=2, kv_heads=2, head_dim=128, codes="float8_e4m3fn", dtype="float16", page_size=64),
+    "drafts": Case(entries=DRAFTS, heads=6, kv_heads=2, tokens=3),
+    "drafts-window-codes": Case(
+        entries=DRAFTS, heads=4, kv_heads=1, tokens=3, window=50, has_sinks=True, codes="float8_e4m3fn"
+    ),
     "bug-codes-not-cleared": Case(heads=4, kv_heads=1, codes="float8_e4m3fn", bug="clear_outside"),
     "bug-scales-not-cleared": Case(heads=4, kv_heads=1, codes="int8", bug="held_scales"),
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
@@ -86,6 +92,8 @@ def run(op: str, case: Case) -> dict[str, float | bool]:
     reference = importlib.import_module(f"kernels_pallas.{op}.reference")
     plant(case.bug)
     arrays, options = inputs(case)
+    if op == "paged_decode":
+        options["tokens"] = case.tokens
     expected = getattr(reference, op)(*arrays, **options)
     blocks = hopper.Blocks(context=case.context, stages=2, programs=2)
     simulated = plgpu.InterpretGPUParams(detect_races=True)
@@ -107,9 +115,10 @@ def inputs(case: Case) -> tuple[tuple[jax.Array | AttentionWork, ...], dict[str,
     page_RM = rng.permutation(P)[: R * M].reshape(R, M).astype(np.int32)
     if case.shares_pages:
         page_RM[0] = page_RM[1]
-    decode_count = next((i for i, count in enumerate(count_A) if count > 1), len(count_A))
+    decode_count = next((i for i, count in enumerate(count_A) if count != case.tokens), len(count_A))
     planned = plan_work(
-        row_A=row_A, start_A=start_A, count_A=count_A, decode_count=decode_count, token_count_bucket=T, row_count=R
+        row_A=row_A, start_A=start_A, count_A=count_A, decode_count=decode_count, token_count_bucket=T, row_count=R,
+        decode_tokens=case.tokens,
     )
     work = AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()})
     held_PS = np.zeros((P, S), bool)

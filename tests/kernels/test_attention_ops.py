@@ -30,8 +30,9 @@ ENTRIES = (
 class Step:
     """A pool with every held slot filled, and the packed queries of a step."""
 
-    def __init__(self, shape: HeadShape, dtype: jnp.dtype, entries=ENTRIES, decode_count: int = 9, seed: int = 0):
-        rng = np.random.default_rng(seed)
+    def __init__(self, shape: HeadShape, dtype: jnp.dtype, entries=ENTRIES, decode_count: int = 9,
+                 decode_tokens: int = 1):
+        rng = np.random.default_rng(0)
         self.shape, self.entries = shape, entries
         K, H = shape.kv_head_count, shape.head_dim
         row, start, count = (np.array(column, np.int32) for column in zip(*entries, strict=True))
@@ -45,7 +46,7 @@ class Step:
         self.held_PS = held
         self.k_PKSH, self.v_PKSH = (jnp.asarray(x, dtype) for x in pages)
         self.q_TNH = jnp.asarray(rng.normal(size=(T, shape.head_count, H)), dtype)
-        self.work = make_work(row, start, count, decode_count)
+        self.work = make_work(row, start, count, decode_count, decode_tokens=decode_tokens)
         self.token_count = int(count.sum())
         self.options = {
             "scale": H**-0.5,
@@ -54,9 +55,11 @@ class Step:
             "sink_N": jnp.asarray(rng.normal(size=shape.head_count), jnp.float32) if shape.has_sinks else None,
         }
 
-    def run(self, op, implementation: str, **changes) -> np.ndarray:
+    def run(self, op, implementation: str, tokens: int = 1, **changes) -> np.ndarray:
         given = {"q": self.q_TNH, "k": self.k_PKSH, "v": self.v_PKSH, **changes}
         static = {name: self.options[name] for name in ("scale", "window", "soft_cap")}
+        if op is paged_decode:
+            static["tokens"] = tokens
         out = run_op(
             given["q"], given["k"], given["v"], self.page_RM, self.work, self.options["sink_N"],
             op=op, implementation=implementation, **static,
@@ -64,7 +67,7 @@ class Step:
         return np.asarray(out.astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("op", "implementation", "scale", "window", "soft_cap"))
+@functools.partial(jax.jit, static_argnames=("op", "implementation", "scale", "window", "soft_cap", "tokens"))
 def run_op(q, k, v, page_RM, work, sink_N, *, op, implementation, **options):
     """Compiled once for all tests of equal shapes and options."""
     return op(q, k, v, page_RM, work, sink_N=sink_N, implementation=implementation, **options)
@@ -79,9 +82,10 @@ def shrunk(shape: HeadShape) -> HeadShape:
     )
 
 
-def make_work(row, start, count, decode_count, tokens: int = T) -> AttentionWork:
+def make_work(row, start, count, decode_count, tokens: int = T, decode_tokens: int = 1) -> AttentionWork:
     planned = plan_work(
-        row_A=row, start_A=start, count_A=count, decode_count=decode_count, token_count_bucket=tokens, row_count=R
+        row_A=row, start_A=start, count_A=count, decode_count=decode_count, token_count_bucket=tokens, row_count=R,
+        decode_tokens=decode_tokens,
     )
     return AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()})
 
@@ -208,3 +212,23 @@ def test_context_length_needs_no_bucket():
     gathered = run.lower(step.q_TNH, step.k_PKSH, step.v_PKSH, step.page_RM, step.work).compile().memory_analysis()
     whole_context = 2 * R * M * S * SMOL.kv_head_count * SMOL.head_dim * 4
     assert gathered.temp_size_in_bytes < whole_context
+
+
+DRAFTED = ((3, 0, 4), (1, 300, 4), (7, 13, 4), (9, 14, 4), (10, 253, 4), (2, 100, 40), (0, 30, 4))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-2-9b-local", "gpt-oss-20b-local"])
+def test_tokens_that_verify_a_draft_equal_the_reference_and_a_prefill_of_them(name):
+    """Four tokens an entry over one reading of its context, beside a prefill of other rows."""
+    step = Step(shrunk(head_shape(name)), jnp.float32, entries=DRAFTED, decode_count=5, decode_tokens=4)
+    expected, got = (step.run(paged_decode, which, tokens=4) for which in ("reference", "xla"))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=3e-6)
+    assert (got[20:] == 0).all() and (step.run(paged_prefill, "xla")[:20] == 0).all()
+    step.work = make_work(*(np.array(column, np.int32) for column in zip(*DRAFTED, strict=True)), decode_count=0)
+    np.testing.assert_allclose(step.run(paged_prefill, "xla")[:20], got[:20], rtol=1e-5, atol=3e-6)
+
+
+def test_tokens_beyond_the_step_are_a_violation():
+    step = Step(SMOL, jnp.float32)
+    with pytest.raises(ContractError, match="tokens must be 1 .. 160, those of the step, got 161"):
+        step.run(paged_decode, "xla", tokens=161)
