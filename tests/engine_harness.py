@@ -95,6 +95,7 @@ def make_harness(
     policy: str = "fcfs",
     batching: str = "continuous",
     queue_max: int | None = None,
+    itl_target_ms: float | None = None,
     max_num_seqs: int | None = None,
     runner: FakeRunner | None = None,
     **shape: object,
@@ -113,6 +114,7 @@ def make_harness(
         scheduling_policy=policy,  # type: ignore[arg-type]
         batching=batching,  # type: ignore[arg-type]
         max_num_queued_reqs=queue_max,
+        itl_target_ms=itl_target_ms,
     )
     loop = EngineLoop(runner, config=config, cache=CacheConfig(enable_prefix_caching=prefix), clock=clock)
     return Harness(runner, loop, clock)

@@ -59,6 +59,7 @@ class SchedulerConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     batching: Literal["continuous", "static"] = "continuous"
     max_num_queued_reqs: int | None = None
+    itl_target_ms: float | None = None           # None: prompts fill the steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from jaxserve.core.errors import EngineBusyError, RequestError, StepAllocationEr
 from jaxserve.core.plan import PendingStep, RunnerPort, StepPlan
 from jaxserve.core.request import EngineRequest, EngineStats, SequenceOutput
 from jaxserve.engine.acceptance import check_config, check_request
+from jaxserve.engine.chunk_budget import ChunkBudget
 from jaxserve.engine.commit import Committer, ended_output
 from jaxserve.engine.policy import POLICIES
 from jaxserve.engine.roster import Roster
@@ -41,6 +42,7 @@ class _Launched:
     plan: StepPlan
     sequences: list[Sequence]
     pending: PendingStep
+    launched_s: float
 
 
 class EngineLoop:
@@ -56,8 +58,10 @@ class EngineLoop:
             row_count=min(shape.row_count, config.max_num_seqs or shape.row_count),
             enable_prefix_caching=cache.enable_prefix_caching,
         )
+        self._chunk_budget = None if config.itl_target_ms is None else ChunkBudget(config.itl_target_ms / 1000)
         self._scheduler = Scheduler(
-            self._roster, self._counters, rope_switch=runner.shape.rope_switch, is_static=config.batching == "static"
+            self._roster, self._counters, rope_switch=runner.shape.rope_switch, is_static=config.batching == "static",
+            chunk_budget=self._chunk_budget,
         )
         self._committer = Committer(self._roster, self._counters)
         self._rank = POLICIES[config.scheduling_policy]
@@ -67,6 +71,7 @@ class EngineLoop:
         self._failures = 0
         self._calm_steps = 0
         self._timing = (0.0,) * 5
+        self._landed_s = 0.0
         self.is_stalled = False   # the newest step could do nothing: work waits for buckets still being compiled
 
     @property
@@ -122,7 +127,7 @@ class EngineLoop:
         planned_at = launched_at = landed_at = perf_counter()
         touched: list[Sequence] = planned[1] if planned else []
         try:
-            launched = None if planned is None else _Launched(*planned, self._runner.launch(planned[0]))
+            launched = None if planned is None else _Launched(*planned, self._runner.launch(planned[0]), planned_at)
             launched_at = perf_counter()
             if self._config.async_scheduling:
                 landing, self._in_flight = self._in_flight, launched
@@ -133,6 +138,7 @@ class EngineLoop:
                 touched = landing.sequences
                 result = landing.pending.result()
                 landed_at = perf_counter()
+                self._observe(landing, landed_at)
                 outputs += self._committer.commit(landing.plan, landing.sequences, result, self._clock.now())
                 self._note_calm()
             self._clear_tainted()
@@ -165,6 +171,14 @@ class EngineLoop:
             if pool.has_uncleared:
                 self._runner.clear_pages(group, np.array(pool.uncleared(), np.int32))
                 pool.cleared()
+
+    def _observe(self, landed: _Launched, landed_s: float) -> None:
+        """A step took from its launch, or from the landing of the one before it, to its own landing."""
+        plan, begin_s = landed.plan, max(landed.launched_s, self._landed_s)
+        self._landed_s = landed_s
+        tokens = plan.token_count - plan.decode_count
+        if self._chunk_budget is not None and plan.decode_count and tokens:
+            self._chunk_budget.observe(tokens=tokens, seconds=landed_s - begin_s)
 
     def _note_calm(self) -> None:
         if self._failures:

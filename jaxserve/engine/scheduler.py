@@ -16,6 +16,7 @@ import sys
 from enum import Enum, auto
 
 from jaxserve.core.plan import StepLimits, StepPlan
+from jaxserve.engine.chunk_budget import ChunkBudget
 from jaxserve.engine.draft import Draft
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.sequence import Sequence
@@ -37,9 +38,11 @@ class Scheduler:
     """Makes plans over the roster's sequences."""
 
     def __init__(
-        self, roster: Roster, counters: Counters, *, rope_switch: int | None = None, is_static: bool = False
+        self, roster: Roster, counters: Counters, *, rope_switch: int | None = None, is_static: bool = False,
+        chunk_budget: ChunkBudget | None = None,
     ) -> None:
         self._roster = roster
+        self._chunk_budget = chunk_budget
         self._is_static = is_static
         self._batch: frozenset[Sequence] = frozenset()   # under static batching, who may be admitted
         self._rope_switch = rope_switch or sys.maxsize
@@ -55,6 +58,8 @@ class Scheduler:
             return None
         draft = Draft(limits, entries_max=1 if self._solo_steps else limits.tokens_max)
         prefills = self._choose_decodes(draft)
+        if draft.decodes and self._chunk_budget is not None:
+            draft.tokens = min(draft.tokens, self._chunk_budget.tokens)
         self._choose_chunks(draft, prefills)
         if roster.waiting and not draft.is_short:
             self._admit(draft, prefills, now_s)

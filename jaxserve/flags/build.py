@@ -74,6 +74,8 @@ def _check_engine(config: EngineConfig) -> None:
     rows, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
     if rows is not None and tokens is not None and tokens < rows:
         raise ConfigError(f"max-num-batched-tokens {tokens} is less than max-num-seqs {rows}; raise it to that")
+    if scheduler.itl_target_ms is not None and not scheduler.enable_chunked_prefill:
+        raise ConfigError("itl-target-ms needs chunks of prompts; leave enable-chunked-prefill on")
     if config.model.skip_tokenizer_init and config.model.tokenizer is not None:
         raise ConfigError("tokenizer has no effect with skip-tokenizer-init; give one of them")
     folder = config.model.generation_config

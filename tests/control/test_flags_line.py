@@ -16,7 +16,7 @@ from jaxserve.flags.table import FLAGS, PARTS, Flag
 # One legal value, other than the default, for every flag that wants one of its own.
 SAMPLES = {
     "dtype": "float16", "quantization": "int8", "block-size": "32", "gpu-memory-utilization": "0.5",
-    "scheduling-policy": "priority",
+    "scheduling-policy": "priority", "itl-target-ms": "50",
     "batching": "static",
     "load-format": "dummy", "logprobs-mode": "raw_logits", "generation-config": "vllm", "log-level": "debug",
     "tensor-parallel-size": "1", "root-path": "/prefix", "max-num-batched-tokens": "4K", "hf-overrides": '{"a": 1}',
