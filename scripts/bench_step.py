@@ -5,6 +5,7 @@ Turns the engine's own loop in this process, without HTTP and without text. Medi
 
     python scripts/bench_step.py --model ~/.cache/jaxserve/models/SmolLM2-135M-Instruct --dtype float32
     python scripts/bench_step.py --model FOLDER_WITH_CONFIG --load-format dummy --rows 1 16 64 --context 256
+    python scripts/bench_step.py --write-counts tests/fixtures/step_counts.json
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
+from step_counts import write_counts
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import (
@@ -44,11 +46,15 @@ from jaxserve.weights.loader import load_params
 from jaxserve.weights.random import random_params
 
 WARM_STEPS = 8
+COUNTED = Path(__file__).parents[1] / "tests" / "fixtures" / "tiny-llama-tied"
 
 
 def main() -> None:
     options = _options()
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, stream=sys.stderr)
+    if options.write_counts is not None:
+        write_counts(options.write_counts, Path(options.model))
+        return
     runner, seconds = start(options)
     config = EngineConfig(model=ModelConfig(model=options.model))
     report: dict[str, object] = {
@@ -179,7 +185,11 @@ def _table(report: dict[str, object]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", default=str(COUNTED), help="folder of a checkpoint; default: a tiny one")
+    parser.add_argument(
+        "--write-counts", type=Path, metavar="FILE",
+        help="time nothing; record dispatches, transfers, leaves, instructions and copies, see step_counts.py",
+    )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])

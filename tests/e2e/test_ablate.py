@@ -52,7 +52,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_a_report(tiny_llama, compile_c
     kept = (output / "results.jsonl").read_text()
     (output / "results.jsonl").write_text(kept + kept[:40])     # as a crash in the midst of a line leaves it
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     lines = (output / "results.jsonl").read_text().splitlines()
     assert lines[0] + "\n" == kept and json.loads(lines[2])["flags"]["batching"] == "static" and len(lines) == 3
