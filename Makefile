@@ -67,7 +67,7 @@ KERNELS := .venv-kernels
 $(KERNELS)/.installed: constraints.txt
 	@test -n "$$(scripts/find_python.sh 3.12)" || { echo "no Python 3.12 found: jax >= 0.11, and with it Mosaic GPU, needs it"; exit 1; }
 	"$$(scripts/find_python.sh 3.12)" -m venv $(KERNELS)
-	$(KERNELS)/bin/pip install -q --disable-pip-version-check -c constraints.txt jax
+	$(KERNELS)/bin/pip install -q --disable-pip-version-check -c constraints.txt jax flax
 	jax="$$($(KERNELS)/bin/python -c 'import jax; print(jax.__version__)')"; \
 	$(KERNELS)/bin/pip install -q --disable-pip-version-check --no-deps "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" \
 	  nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-nvdisasm==13.2.78
@@ -75,6 +75,7 @@ $(KERNELS)/.installed: constraints.txt
 
 kernels-check: $(KERNELS)/.installed  ## compile the GPU kernels for an H200 without one: no spills, as docs/kernels.md says
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_kernels.py $(ARGS)
+	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_steps.py $(filter --write,$(ARGS))
 
 bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)

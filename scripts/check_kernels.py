@@ -234,12 +234,15 @@ def main() -> int:
         return 1
     if options.case:
         return 0
-    page = TABLE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    table, _, after = rest.partition(END)
-    fresh = "\n".join(["", HEADER, *found, ""])
-    if options.write:
-        TABLE.write_text(before + BEGIN + fresh + END + after, encoding="utf-8")
+    return compare("\n".join(["", HEADER, *found, ""]), BEGIN, END, is_written=options.write)
+
+
+def compare(fresh: str, begin: str, end: str, *, is_written: bool) -> int:
+    """Holds a table against the one in docs/kernels.md between two marks, or writes it there; an exit status."""
+    before, _, rest = TABLE.read_text(encoding="utf-8").partition(begin)
+    table, _, after = rest.partition(end)
+    if is_written:
+        TABLE.write_text(before + begin + fresh + end + after, encoding="utf-8")
     elif table != fresh:
         print("the table in docs/kernels.md says otherwise; look why, then run with --write")
         return 1

@@ -29,6 +29,7 @@ def attend(
     span: Span,
     soft_cap: float | None = None,
     sink_N: Array | None = None,
+    implementation: str = "xla",
 ) -> tuple[Array, LayerKv]:
     """Attention output of every token (zero for padding) and the layer's pages with the step's tokens in them.
 
@@ -37,6 +38,8 @@ def attend(
       group: which KV group, hence which page table, the layer belongs to.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
+      implementation: who attends, see `kernels_pallas.paged_decode`; a model is built with
+        `functools.partial(attend, implementation=...)` for another one, and refused with reasons where that cannot.
     """
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
@@ -54,7 +57,7 @@ def attend(
         with jax.named_scope(f"attention.{name}"):
             sections.append(section(
                 q_TNH, k_PKSH, v_PKSH, page_RM, context.work,
-                scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, implementation="xla",
+                scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, implementation=implementation,
             ))
     decoded_TNH, prefilled_TNH = sections
     is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < context.work.decode_count

@@ -42,8 +42,6 @@ def paged_decode(
     q_WKGH = gather(q_TNH, work, K, tokens)
     group = q_WKGH.shape[2]
     sink_KG = repeated_sinks(sink_N, K, tokens)
-    # How many slots less each query sees than the entry's last token.
-    before_G = jnp.repeat(jnp.arange(tokens - 1, -1, -1, dtype=jnp.int32), group // tokens)
 
     def attend_block(index: Array, out_WKGH: Array) -> Array:
         first = index * block
@@ -60,12 +58,7 @@ def paged_decode(
             page_BM = table_BM[:, index_M]
             position_C = turn * chunk + jnp.arange(chunk, dtype=jnp.int32)
             is_held_BC = (position_C < length_B[:, None]) & (position_C >= begin_B[:, None])
-            is_seen_BGC = is_held_BC[:, None]
-            if tokens > 1:
-                end_BG1 = (length_B[:, None] - before_G)[..., None]
-                is_seen_BGC = is_seen_BGC & (position_C < end_BG1)
-                if window is not None:
-                    is_seen_BGC &= position_C >= end_BG1 - window
+            is_seen_BGC = _seen(is_held_BC, position_C, length_B, group, tokens, window)
             keys = pages.read_chunk(k_PKSH, page_BM, q_TNH.dtype)
             values = pages.cleared(pages.read_chunk(v_PKSH, page_BM, q_TNH.dtype), is_held_BC)
             return softmax.add_chunk(
@@ -83,3 +76,15 @@ def paged_decode(
         block_count = (work.decode_count + block - 1) // block
         out_WKGH = lax.fori_loop(0, block_count, attend_block, jnp.zeros_like(q_WKGH))
         return scatter(out_WKGH, work, q_TNH.shape[0], tokens)
+
+
+def _seen(
+    is_held_BC: Array, position_C: Array, length_B: Array, group: int, tokens: int, window: int | None
+) -> Array:
+    """Which slots each query of a group sees, of those that the entry's tokens see together."""
+    if tokens == 1:
+        return is_held_BC[:, None]
+    before_G = jnp.repeat(jnp.arange(tokens - 1, -1, -1, dtype=jnp.int32), group // tokens)
+    end_BG1 = (length_B[:, None] - before_G)[..., None]
+    is_seen_BGC = is_held_BC[:, None] & (position_C < end_BG1)
+    return is_seen_BGC if window is None else is_seen_BGC & (position_C >= end_BG1 - window)

@@ -23,11 +23,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_kernels_compile_without_spills_as_the_table_says() -> None:
+@pytest.mark.parametrize("script", ["check_kernels.py", "check_steps.py"])
+def test_kernels_and_steps_compile_as_the_tables_say(script: str) -> None:
     if (why := missing()) is not None:
         pytest.skip(why)
     done = subprocess.run(
-        [sys.executable, "scripts/check_kernels.py"], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
+        [sys.executable, f"scripts/{script}"], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
         capture_output=True, text=True, timeout=280, check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

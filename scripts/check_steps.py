@@ -1,0 +1,130 @@
+"""Compiles whole steps of models for one H200 without one, with the Hopper kernels; compares with docs/kernels.md.
+
+    make kernels-check                                # after the kernels alone
+    make kernels-check ARGS=--write                   # write both tables anew
+
+Parameters and cache are shapes only. Fails where a step copies the cache or does not alias it whole, where it lacks a
+kernel or has another one, and on any figure that differs from the table. Says nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"     # before jax: the plugin is there, its device is not
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.layers import paged
+from jaxserve.layers.context import LayerKv, StepContext
+from jaxserve.models.decoder import Decoder, abstract_params
+from jaxserve.models.registry import spec_from_config
+from kernels_pallas.work import AttentionWork, work_layout
+from scripts import check_kernels
+
+BEGIN, END = "<!-- steps compiled for an H200: begin -->", "<!-- steps compiled for an H200: end -->"
+HEADER = (
+    "| model | step | tokens | parameters GiB | cache GiB | temporaries MiB | attention kernels "
+    "| copies of the cache |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+ROWS, LENGTH_MAX, PAGE_SLOTS, PAGES = 64, 8192, 16, 8192
+STEPS = {"decode": 64, "prefill": 2048}
+KERNELS = ("paged_decode_attend", "paged_decode_combine", "paged_prefill_attend")
+
+# What decides shapes, of the models' published config.json.
+_LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+    "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+_QWEN_2_5_3B = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+    "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 36,
+}
+MODELS = {"Qwen2.5-3B": _QWEN_2_5_3B, "Llama-3.1-8B": _LLAMA_3_1_8B}
+
+
+def row(model_name: str, step: str) -> str:
+    """A step: embedding, all layers, logits of a token a row."""
+    spec, tokens = spec_from_config(MODELS[model_name]), STEPS[step]
+    attend = functools.partial(paged.attend, implementation="mosaic_gpu")
+    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend)
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    group = spec.kv_groups[0]
+    page = jax.ShapeDtypeStruct((PAGES, group.kv_head_count, PAGE_SLOTS, group.head_dim), jnp.bfloat16)
+    kv = (LayerKv(k_PKSH=page, v_PKSH=page),) * len(spec.layers)
+    context = StepContext(
+        position_T=integers((tokens,)), row_T=integers((tokens,)),
+        page_RM=(integers((ROWS, LENGTH_MAX // PAGE_SLOTS)),),
+        work=AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()}),
+    )
+    params = abstract_params(spec, jnp.bfloat16)
+
+    def run(kv: Any, params: Any, token_T: jax.Array, sampled_B: jax.Array, context: StepContext) -> Any:
+        hidden_TD, kv = model.apply({"params": params}, token_T, kv, context, method="hidden")
+        return model.apply({"params": params}, hidden_TD[sampled_B], method="logits"), kv
+
+    executable = check_kernels.compiled(run, kv, params, integers((tokens,)), integers((ROWS,)), context, donated=(0,))
+    memory, text = executable.memory_analysis(), executable.as_text()
+    cache = _bytes(kv)
+    if memory.alias_size_in_bytes != cache:
+        raise RuntimeError(f"{model_name} {step}: {memory.alias_size_in_bytes} bytes aliased of a cache of {cache}")
+    calls = {name: _calls(text, name) for name in KERNELS}
+    everything = text.count('custom_call_target="mosaic_gpu_v2"')
+    if set(calls.values()) != {len(spec.layers)} or everything != sum(calls.values()):
+        raise RuntimeError(f"{model_name} {step}: {len(spec.layers)} layers call {calls}")
+    copies = check_kernels.copies_of(page, executable)
+    return (
+        f"| {model_name} | {step} | {tokens} | {_bytes(params) / 2**30:.2f} | {cache / 2**30:.2f} | "
+        f"{memory.temp_size_in_bytes / 2**20:.0f} | {len(spec.layers)} x {len(KERNELS)} | {len(copies)} |"
+    )
+
+
+def _calls(text: str, kernel: str) -> int:
+    return len(re.findall(rf"custom-call\(.*mosaic_gpu_v2.*{kernel}", text))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def rows() -> Iterator[str]:
+    for name in MODELS:
+        for step in STEPS:
+            yield row(name, step)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the table into docs/kernels.md")
+    options = parser.parse_args()
+    if (why := check_kernels.missing()) is not None:
+        print(why)
+        return 2
+    print(HEADER)
+    found = []
+    for one in rows():
+        print(one, flush=True)
+        found.append(one)
+    if any(not one.endswith("| 0 |") for one in found):
+        print("the cache is copied")
+        return 1
+    return check_kernels.compare("\n".join(["", HEADER, *found, ""]), BEGIN, END, is_written=options.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
