@@ -39,6 +39,7 @@ import jaxserve
 from jaxserve.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
+MACHINE = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 START_S_MAX, STOP_S_MAX = 1800.0, 60.0
 WARMUP_SEED = 1 << 40      # far from those of the measurements, whose prompts must not be in the prefix cache
 VERSIONS = {"jaxserve": jaxserve.__version__, "jax": importlib.metadata.version("jax")}
@@ -98,9 +99,10 @@ def _measured(
     try:
         with serving(plan.model, cell, folder / "server.log", cache) as (url, start_s):
             while rest:
+                load = round(os.getloadavg()[0], 2)
                 figures = measure(url, rest[0], plan.warmup)
-                yield {**identity(plan, rest.pop(0)), "machine": _machine(), "at": time.strftime("%F %T"),
-                       "start_s": round(start_s, 2), "figures": figures}
+                yield {**identity(plan, rest.pop(0)), "machine": MACHINE, "at": time.strftime("%F %T"),
+                       "load_average": load, "start_s": round(start_s, 2), "figures": figures}
     except (CellError, httpx.HTTPError) as error:
         for one in rest:
             yield {**identity(plan, one), "error": str(error) or type(error).__name__}
@@ -209,11 +211,6 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         file.write(("\n" if is_torn else "") + json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _machine() -> str:
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}{load}"
 
 
 def _need_matplotlib() -> None:

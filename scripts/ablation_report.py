@@ -37,14 +37,16 @@ def samples(plan: Plan, found: Found, cell: Cell, workload: Workload, metric: st
 
 def _summary(plan: Plan, found: Found, pictures: Sequence[Path]) -> str:
     count = len(plan.cells) * len(plan.workloads) * plan.repeats
-    good = sum("figures" in row for row in found.values())
-    row = next(iter(found.values()), {})
+    rows = [row for row in found.values() if "figures" in row]
+    row = rows[0] if rows else {}
+    loads = [row["load_average"] for row in rows] or [0.0]
     lines = [
         f"# {plan.name}", "", plan.about, "",
         f"Model `{Path(plan.model).name}`; {row.get('machine', 'nothing measured yet')}; "
         f"{', '.join(f'{k} {v}' for k, v in row.get('versions', {}).items())}.",
-        f"{good} of {count} measurements. Median (least to greatest) over the repeats; the ratio is the median over "
-        f"repeats of cell / first cell, whose servers ran in turn.",
+        f"Load average before a measurement: {min(loads):.1f}–{max(loads):.1f}.", "",
+        f"{len(rows)} of {count} measurements. Median (least to greatest) over the repeats; the ratio is the median "
+        "over repeats of cell / first cell, whose servers ran in turn.",
     ]
     metrics = list(dict.fromkeys((*SHOWN, *(f.y for f in plan.figures))))
     for workload in plan.workloads:
@@ -86,8 +88,7 @@ def _draw(path: Path, plan: Plan, figure: Figure, found: Found) -> Path:
         for workload in plan.workloads:
             _scatter(axes, plan, figure, found, workload)
     else:
-        for label, points in _series(plan, figure).items():
-            _line(axes, plan, figure, found, label, points)
+        _lines(axes, plan, figure, found)
     axes.set(xlabel=figure.x.replace("_", " "), ylabel=figure.y.replace("_", " "))
     if figure.x in (*switches, "workload"):
         axes.set_ylim(bottom=0)
@@ -113,20 +114,25 @@ def _series(plan: Plan, figure: Figure) -> dict[str, list[tuple[str, Cell, Workl
     return series
 
 
-def _line(
-    axes: Any, plan: Plan, figure: Figure, found: Found, label: str, points: list[tuple[str, Cell, Workload]]
-) -> None:
-    places, middles, below, above = [], [], [], []
-    for at, cell, workload in points:
-        values = list(samples(plan, found, cell, workload, figure.y).values())
-        if values:
-            middle = statistics.median(values)
-            places.append(at)
-            middles.append(middle)
-            below.append(middle - min(values))
-            above.append(max(values) - middle)
-    if places:
-        axes.errorbar(places, middles, yerr=(below, above), marker="o", capsize=3, label=label or None)
+def _lines(axes: Any, plan: Plan, figure: Figure, found: Found) -> None:
+    """Medians with their spread, side by side; joined only where x is a number."""
+    series = _series(plan, figure)
+    places = list(dict.fromkeys(at for points in series.values() for at, *_ in points))
+    style = "-" if all(at.replace(".", "", 1).isdigit() for at in places) else ""
+    for number, (label, points) in enumerate(series.items()):
+        aside = (number - (len(series) - 1) / 2) * 0.06
+        xs, middles, below, above = [], [], [], []
+        for at, cell, workload in points:
+            values = list(samples(plan, found, cell, workload, figure.y).values())
+            if values:
+                middle = statistics.median(values)
+                xs.append(places.index(at) + aside)
+                middles.append(middle)
+                below.append(middle - min(values))
+                above.append(max(values) - middle)
+        if xs:
+            axes.errorbar(xs, middles, yerr=(below, above), marker="o", capsize=3, linestyle=style, label=label or None)
+    axes.set_xticks(range(len(places)), places)
 
 
 def _scatter(axes: Any, plan: Plan, figure: Figure, found: Found, workload: Workload) -> None:

@@ -21,7 +21,8 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_counts import write_counts
+from step_counts import recorded, write_counts
+from step_profile import Scopes, profiled, scopes_of
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import (
@@ -39,6 +40,7 @@ from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import read_spec
+from jaxserve.runner.compile import Executable, Program
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.start import plan_memory
 from jaxserve.sharding.mesh import make_mesh
@@ -46,6 +48,7 @@ from jaxserve.weights.loader import load_params
 from jaxserve.weights.random import random_params
 
 WARM_STEPS = 8
+SHOWN_SCOPES_MAX = 12      # of each program, those that take most
 COUNTED = Path(__file__).parents[1] / "tests" / "fixtures" / "tiny-llama-tied"
 
 
@@ -55,7 +58,9 @@ def main() -> None:
     if options.write_counts is not None:
         write_counts(options.write_counts, Path(options.model))
         return
-    runner, seconds = start(options)
+    built: dict[str, tuple[Program, Executable]] = {}
+    with recorded(built):
+        runner, seconds = start(options)
     config = EngineConfig(model=ModelConfig(model=options.model))
     report: dict[str, object] = {
         "model": Path(options.model).name, "dtype": options.dtype, "device": jax.devices()[0].device_kind,
@@ -63,6 +68,9 @@ def main() -> None:
     }
     for rows in options.rows:
         report["host_ms"][rows] = host_times(runner, config, rows, options)    # type: ignore[index]
+    if options.profile is not None:
+        scopes = scopes_of(executable for _, executable in built.values())
+        report["profile_ms"] = {rows: profile(runner, config, rows, options, scopes) for rows in options.rows}
     for tokens in runner.buckets.tokens:
         report["device_ms"][tokens] = prefill_ms(runner, tokens, options.repeats)   # type: ignore[index]
     stats = runner.stats
@@ -110,17 +118,8 @@ def host_times(
     runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a decode step with `rows` sequences of about `--context` tokens."""
-    loop = EngineLoop(runner, config=config.scheduler, cache=config.cache, clock=MonotonicClock())
-    rng = np.random.default_rng(0)
     count = WARM_STEPS + options.steps
-    for index in range(rows):
-        prompt = rng.integers(0, runner.shape.vocab_size, options.context).tolist()
-        loop.add(EngineRequest(
-            request_id=str(index), prompt_token_ids=tuple(prompt),
-            params=SamplingParams(temperature=options.temperature, max_tokens=count + rows * 4, ignore_eos=True),
-        ))
-    while loop.stats.generation_tokens < rows * 2:
-        loop.step()
+    loop = decoding(runner, config, rows, options)
     samples: dict[str, list[float]] = {}
     for step in range(count):
         began = time.perf_counter()
@@ -135,11 +134,44 @@ def host_times(
         spent["host"] = whole - timing.wait_s
         for name, seconds in spent.items():
             samples.setdefault(name, []).append(seconds * 1e3)
+    end(loop, rows)
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def profile(
+    runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace, scopes: Scopes
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of the same decode steps by program and scope; their trace lies in a folder of its own."""
+    loop = decoding(runner, config, rows, options)
+    for _ in range(WARM_STEPS):
+        loop.step()
+    found = profiled(loop.step, options.steps, options.profile / f"rows{rows}", scopes)
+    end(loop, rows)
+    return found
+
+
+def decoding(runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace) -> EngineLoop:
+    """A loop all of whose `rows` sequences decode, for WARM_STEPS and `--steps` at least."""
+    loop = EngineLoop(runner, config=config.scheduler, cache=config.cache, clock=MonotonicClock())
+    rng = np.random.default_rng(0)
+    count = WARM_STEPS + options.steps
+    for index in range(rows):
+        prompt = rng.integers(0, runner.shape.vocab_size, options.context).tolist()
+        loop.add(EngineRequest(
+            request_id=str(index), prompt_token_ids=tuple(prompt),
+            params=SamplingParams(temperature=options.temperature, max_tokens=count + rows * 4, ignore_eos=True),
+        ))
+    while loop.stats.generation_tokens < rows * 2:
+        loop.step()
+    return loop
+
+
+def end(loop: EngineLoop, rows: int) -> None:
+    """Leaves nothing of `decoding` behind."""
     loop.abort([str(index) for index in range(rows)])
     while loop.has_work:
         loop.step()
     loop.flush_prefix_cache()
-    return {name: summary(values) for name, values in samples.items()}
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -176,6 +208,10 @@ def _table(report: dict[str, object]) -> str:
     for rows, times in report["host_ms"].items():                                                        # type: ignore
         spent = "  ".join(f"{name} {ms['median']:.2f} ({ms['min']:.2f})" for name, ms in times.items())
         lines.append(f"{rows:4} rows: {spent}")
+    for rows, programs in report.get("profile_ms", {}).items():                                          # type: ignore
+        for program, scopes in programs.items():
+            lines.append(f"{rows:4} rows, {program}: {sum(scopes.values()):.2f}")
+            lines += [f"{ms:14.3f} {scope}" for scope, ms in list(scopes.items())[:SHOWN_SCOPES_MAX]]
     for tokens, ms in report["device_ms"].items():                                                       # type: ignore
         rate = tokens / ms["median"] * 1e3
         lines.append(f"prefill of {tokens:5} tokens: {ms['median']:9.2f} ({ms['min']:.2f}), {rate:.0f} tokens/s")
@@ -200,6 +236,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens-max", type=int, default=None, help="--max-num-batched-tokens")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=None)
     parser.add_argument("--compilation-cache-dir", default=None)
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace decode steps, named as in the source")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args()

@@ -48,7 +48,7 @@ COPIES_MORE = 2     # of few copies a quarter is nothing
 def counts_of(folder: Path) -> dict[str, Any]:
     """Counts of the model in `folder`, in float32."""
     built: dict[str, tuple[Program, Executable]] = {}
-    with TemporaryDirectory() as store, _recorded(built):
+    with TemporaryDirectory() as store, recorded(built):
         runner = _runner(folder, Path(store))
     programs = {name: _program_counts(*pair) for name, pair in sorted(built.items())}
     steps = _step_counts(runner)
@@ -157,7 +157,7 @@ def _counted(loop: EngineLoop) -> dict[str, int]:
 
 
 @contextmanager
-def _recorded(built: dict[str, tuple[Program, Executable]]) -> Iterator[None]:
+def recorded(built: dict[str, tuple[Program, Executable]]) -> Iterator[None]:
     """Notes what is compiled meanwhile, by name."""
     build = Compiler.build
 
