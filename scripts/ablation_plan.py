@@ -141,7 +141,7 @@ def read_plan(path: Path, *, model: str | None = None, repeats: int | None = Non
         raise ConfigError("workloads is empty; name at least one load")
     return Plan(
         name=path.stem, about=str(content["about"]), model=model, cells=cells, workloads=workloads,
-        repeats=_count("repeats", repeats or content.get("repeats", 3), 1, REPEATS_MAX),
+        repeats=_count("repeats", content.get("repeats", 3) if repeats is None else repeats, 1, REPEATS_MAX),
         warmup=_count("warmup", content.get("warmup", 4), 0, REPEATS_MAX),
         seed=_count("seed", content.get("seed", 0), 0, 2**31),
         figures=tuple(_figure(item, cells) for item in _list(content["figures"], "figures")),

@@ -79,6 +79,12 @@ def test_mistakes_are_named_with_what_would_do(plans, tmp_path, changes, message
         read(plans, tmp_path, **changes)
 
 
+def test_repeats_of_the_command_line_obey_the_same_bounds(plans):
+    assert plans.read_plan(READY[0], repeats=1).repeats == 1
+    with pytest.raises(ConfigError, match="repeats must be a whole number"):
+        plans.read_plan(READY[0], repeats=0)
+
+
 def test_a_missing_part_and_a_key_given_twice_are_errors(plans, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("about: one\n")
