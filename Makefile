@@ -75,6 +75,7 @@ $(KERNELS)/.installed: constraints.txt
 
 kernels-check: $(KERNELS)/.installed  ## compile the GPU kernels for an H200 without one: no spills, as docs/kernels.md says
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_kernels.py $(ARGS)
+	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_portable.py $(filter --write,$(ARGS))
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_steps.py $(filter --write,$(ARGS))
 
 bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone

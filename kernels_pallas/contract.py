@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas import quantized
+from kernels_pallas import hopper, quantized
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork, work_layout
 
+TRITON_HEAD_DIM_MAX = 256
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -44,6 +45,27 @@ def choose(op: str, asked: str | None, refusals: Mapping[str, Callable[[], list[
     raise NoImplementationError(
         f"{op}: no implementation serves this request. " + " ".join(f"{n}: {'; '.join(r)}." for n, r in reasons.items())
     )
+
+
+def triton_refusals(values: Array, pages: Pages, codes: tuple[str, ...] = ()) -> list[str]:
+    """Why the Pallas:Triton forms cannot work with these arrays here.
+
+    Args:
+      codes: of quantised pages that a kernel takes.
+    """
+    found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
+    head_dim = values.shape[-1]
+    if head_dim & (head_dim - 1) or not 16 <= head_dim <= TRITON_HEAD_DIM_MAX:
+        found.append(f"head dimension {head_dim} is no power of two from 16 to {TRITON_HEAD_DIM_MAX}")
+    if values.dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"values must be bfloat16 or float16 (tensor cores), got {values.dtype}")
+    if isinstance(pages, QuantizedPages):
+        if pages.code_PKSH.dtype.name not in codes:
+            served = f"only {', '.join(codes)}" if codes else "none"
+            found.append(f"of quantised pages {served}, not {pages.code_PKSH.dtype}")
+    elif pages.dtype != values.dtype:
+        found.append(f"pages of {pages.dtype} beside values of {values.dtype}: must be alike")
+    return found
 
 
 def attention_violations(

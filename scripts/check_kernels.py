@@ -68,17 +68,19 @@ device_description_str: "NVIDIA H200"
 
 
 @functools.cache
-def _mesh() -> jax.sharding.Mesh:
-    """One H200 that is not there."""
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
+def _mesh(target: str) -> jax.sharding.Mesh:
+    """One GPU that is not there."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     return topologies.make_mesh(topology, (1,), ("x",))
 
 
-def compiled(call: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = ()) -> jax.stages.Compiled:
+def compiled(
+    call: Callable[..., Any], *arrays: Any, donated: tuple[int, ...] = (), target: str = H200
+) -> jax.stages.Compiled:
     """The executable of a call on arrays of these shapes."""
-    placed = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
+    placed = jax.sharding.NamedSharding(_mesh(target), jax.sharding.PartitionSpec())
     there = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), arrays)
-    with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh):
+    with jax.sharding.use_abstract_mesh(_mesh(target).abstract_mesh):
         return jax.jit(call, donate_argnums=donated).lower(*there).compile()
 
 
@@ -90,19 +92,26 @@ def abstract_pool(shape: HeadShape, page: int, codes: str | None) -> Pages:
     return QuantizedPages(jax.ShapeDtypeStruct(size, codes), jax.ShapeDtypeStruct(size[:3], jnp.float32))
 
 
+def attention_arguments(
+    shape: HeadShape, page: int, tokens: int, codes: str | None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The arrays and options of an attention op; sinks come last where there are any."""
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
+    pool = abstract_pool(shape, page, codes)
+    q_TNH = jax.ShapeDtypeStruct((tokens, shape.head_count, shape.head_dim), jnp.bfloat16)
+    arrays = [q_TNH, pool, pool, integers((ROWS, PAGES_OF_A_ROW)), work]
+    if shape.has_sinks:
+        arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
+    return arrays, {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+
+
 def attention_rows(
     name: str, op: Callable[..., jax.Array], shape: HeadShape, page: int, tokens: int, codes: str | None = None,
     drafted: int = 1,
 ) -> Iterator[str]:
     """A row a kernel of the op; `drafted` tokens an entry."""
-    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
-    pool = abstract_pool(shape, page, codes)
-    arrays = [floats((tokens, shape.head_count, shape.head_dim)), pool, pool, integers((ROWS, PAGES_OF_A_ROW)), work]
-    if shape.has_sinks:
-        arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
-    options = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+    arrays, options = attention_arguments(shape, page, tokens, codes)
     if drafted > 1:
         options["tokens"] = drafted
 

@@ -6,6 +6,8 @@ whose page is outside the pool are dropped. No two real tokens of a step share a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,7 +15,13 @@ from kernels_pallas import contract, quantized
 from kernels_pallas.kv_write import reference, xla
 from kernels_pallas.quantized import Pages, QuantizedPages
 
-_IMPLEMENTATIONS = {"xla": xla.kv_write, "reference": reference.kv_write}
+
+def _implementation(name: str) -> Callable[..., Pages]:
+    if name == "triton":
+        from kernels_pallas.kv_write import triton  # late: jax warns on import that it is deprecated
+
+        return triton.kv_write
+    return {"xla": xla.kv_write, "reference": reference.kv_write}[name]
 
 
 def kv_write(
@@ -31,7 +39,7 @@ def kv_write(
       pages: the pool [P, K, S, H]; uint16 holds the bits of a 16-bit float (see `storage`), and into `QuantizedPages`
         tokens go as codes and scales.
       x_TKH: keys or values of the packed tokens, in the dtype the pool stands for, or any where that is codes.
-      implementation: "xla", "reference", or None for the first that serves the request.
+      implementation: "xla", "reference", "triton" (GPUs), or None for the first that serves the request.
     """
     T, K, H = x_TKH.shape
     _, page_K, _, page_H = pages.shape
@@ -44,6 +52,10 @@ def kv_write(
         if array.dtype != jnp.int32:
             violations.append(f"{name} must be int32, got {array.dtype}")
     contract.require("kv_write", violations)
-    refusals = {name: lambda: contract.dtype_refusals(x_TKH, pages) for name in _IMPLEMENTATIONS}
+    refusals = {
+        "xla": lambda: contract.dtype_refusals(x_TKH, pages),
+        "reference": lambda: contract.dtype_refusals(x_TKH, pages),
+        "triton": lambda: contract.triton_refusals(x_TKH, pages),
+    }
     chosen = contract.choose("kv_write", implementation, refusals)
-    return _IMPLEMENTATIONS[chosen](pages, x_TKH, page_RM, row_T, position_T)
+    return _implementation(chosen)(pages, x_TKH, page_RM, row_T, position_T)

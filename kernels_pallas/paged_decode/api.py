@@ -22,6 +22,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.paged_decode import mosaic_gpu  # late: it needs jax >= 0.11
 
         return mosaic_gpu.paged_decode
+    if name == "triton":
+        from kernels_pallas.paged_decode import triton  # late: jax warns on import that it is deprecated
+
+        return triton.paged_decode
     return {"xla": xla.paged_decode, "reference": reference.paged_decode}[name]
 
 
@@ -49,7 +53,7 @@ def paged_decode(
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
       tokens: query tokens of every entry, as the step was planned; they share one reading of the context.
-      implementation: "xla", "reference", "mosaic_gpu", or None for the first of these that serves the request.
+      implementation: "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
@@ -61,6 +65,7 @@ def paged_decode(
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, tokens=tokens),
+        "triton": lambda: contract.triton_refusals(q_TNH, k_PKSH, codes=("int8",)),
     }
     chosen = contract.choose("paged_decode", implementation, refusals)
     attend = _implementation(chosen)

@@ -23,6 +23,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.paged_prefill import mosaic_gpu  # late: it needs jax >= 0.11
 
         return mosaic_gpu.paged_prefill
+    if name == "triton":
+        from kernels_pallas.paged_prefill import triton  # late: jax warns on import that it is deprecated
+
+        return triton.paged_prefill
     return {"xla": xla.paged_prefill, "reference": reference.paged_prefill}[name]
 
 
@@ -48,7 +52,7 @@ def paged_prefill(
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
-      implementation: "xla", "reference", "mosaic_gpu", or None for the first of these that serves the request.
+      implementation: "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
@@ -58,6 +62,7 @@ def paged_prefill(
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, QUANTIZED_HEAD_DIM_MAX),
+        "triton": lambda: contract.triton_refusals(q_TNH, k_PKSH, codes=("int8",)),
     }
     chosen = contract.choose("paged_prefill", implementation, refusals)
     attend = _implementation(chosen)

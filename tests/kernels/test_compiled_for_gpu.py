@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import hopper
+from kernels_pallas import contract, hopper
 from kernels_pallas.contract import NoImplementationError
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["check_kernels.py", "check_steps.py"])
+@pytest.mark.parametrize("script", ["check_kernels.py", "check_steps.py", "check_portable.py"])
 def test_kernels_and_steps_compile_as_the_tables_say(script: str) -> None:
     if (why := missing()) is not None:
         pytest.skip(why)
@@ -41,6 +41,16 @@ def test_refusals_name_everything_at_once() -> None:
     where = "Hopper" if jax.__version_info__ >= (0, 11) else "jax >= 0.11"
     for named in (where, "head dimension 96", "page size 12", "65 query heads", "q of float32 over pages of bfloat16"):
         assert named in found
+
+
+def test_triton_refusals_name_everything_at_once() -> None:
+    codes = QuantizedPages(jnp.zeros((2, 2, 16, 96), FP8), jnp.zeros((2, 2, 16), jnp.float32))
+    found = "; ".join(contract.triton_refusals(jnp.zeros((4, 4, 96), jnp.float32), codes, codes=("int8",)))
+    for named in ("needs a GPU", "head dimension 96", "got float32", "only int8, not float8_e4m3fn"):
+        assert named in found
+    pages = jnp.zeros((2, 2, 16, 64), jnp.float16)
+    found = "; ".join(contract.triton_refusals(jnp.zeros((4, 4, 64), jnp.bfloat16), pages))
+    assert "pages of float16 beside values of bfloat16" in found
 
 
 def test_pages_larger_than_a_block_are_refused() -> None:
