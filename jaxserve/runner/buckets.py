@@ -25,7 +25,7 @@ Costs = tuple[tuple[int, float], ...]     # (size, cost of a step), straight in 
 CPU_TOKENS: Costs = (
     (1, 13), (2, 18), (3, 31), (8, 33), (16, 40), (32, 50), (64, 80), (128, 136), (256, 253), (512, 518)
 )
-CPU_ROWS: Costs = ((1, 2), (2, 3.4), (8, 5.5), (16, 7.3), (64, 22))
+CPU_ROWS: Costs = ((1, 15), (2, 21), (3, 35), (8, 39), (16, 47), (64, 102))     # forward and sampling
 # Computed, not measured: weights read once, and 206 16-bit tokens take a Hopper as long to multiply as to read them.
 GPU: Costs = ((1, 1 + 1 / 206), (206, 2))
 
@@ -73,7 +73,7 @@ def choose_buckets(*, tokens_max: int, rows_max: int, size_min: int, is_cpu: boo
     """As many sizes as save time, by the measured cost of a step; `--enforce-eager` keeps two and one.
 
     >>> choose_buckets(tokens_max=512, rows_max=64, size_min=1, is_cpu=True, is_eager=False)
-    Buckets(tokens=(1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512), rows=(1, 4, 8, 16, 24, 32, 48, 64))
+    Buckets(tokens=(1, 2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512), rows=(1, 2, 6, 16, 32, 64))
 
     Args:
       size_min: of any bucket, see `smallest_size`.

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from jaxserve.core.errors import EngineError
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.runner.compile import Compiler, Executable, Program
+from jaxserve.runner.host_memory import give_back
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.segments import StepForward
 from jaxserve.runner.setup import RunnerSetup
@@ -140,6 +141,7 @@ class ProgramBuilder:
                 return
             place, key, program = job
             executable = self.compiler.build(program)
+            give_back()
             with self._lock:
                 place[key] = executable
                 self._join_forwards()

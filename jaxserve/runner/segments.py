@@ -19,7 +19,7 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.layers.context import LayerKv
 from jaxserve.runner.forward import Begun, ForwardResult
 
-CALLS_MAX = 6
+CALLS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Segment:
 def cut(spec: ModelSpec) -> tuple[Segment, ...]:
     """The segments of a model.
 
-    Thirty equal layers are six calls of one program of five; with a pattern of six, programs are multiples of it.
+    Thirty equal layers are ten calls of one program of three; with a pattern of six, programs are multiples of it.
     """
     groups = {layer: number for number, group in enumerate(spec.kv_groups) for layer in group.layers}
     kinds = [(layer, groups[index]) for index, layer in enumerate(spec.layers)]

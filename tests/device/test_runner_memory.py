@@ -74,7 +74,7 @@ def buckets_of(tokens_max, rows_max, *, size_min=1, is_cpu=True, is_eager=False)
 def test_buckets_are_few_and_end_at_the_maxima():
     buckets = buckets_of(1000, 48, size_min=2)
     assert buckets.tokens == (2, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1000)
-    assert buckets.rows == (2, 4, 8, 16, 24, 32, 48)
+    assert buckets.rows == (2, 6, 16, 32, 48)
     assert buckets_of(1000, 48, is_eager=True) == Buckets(tokens=(64, 1000), rows=(48,))
     assert buckets_of(1, 1, size_min=2) == Buckets(tokens=(2,), rows=(2,))
     assert [holder(buckets.tokens, count) for count in (1, 2, 3, 64, 65, 1000)] == [2, 2, 4, 64, 96, 1000]
@@ -105,8 +105,8 @@ def test_one_row_has_a_bucket_only_where_lanes_multiply_it(tmp_path):
 
 def test_the_serving_set_is_one_bucket_of_each_kind():
     buckets = buckets_of(512, 64)
-    assert buckets.serving(whole_prompts=False) == Buckets(tokens=(64,), rows=(8,))
-    assert buckets.serving(whole_prompts=True) == Buckets(tokens=(512,), rows=(8,))
+    assert buckets.serving(whole_prompts=False) == Buckets(tokens=(64,), rows=(16,))
+    assert buckets.serving(whole_prompts=True) == Buckets(tokens=(512,), rows=(16,))
 
 
 def test_sizes_that_contradict_each_other_are_refused(tmp_path):

@@ -22,11 +22,12 @@ def spec_of(pattern: str):
 @pytest.mark.parametrize(("pattern", "calls", "compiled"), [
     ("a", 1, 1),
     ("aa", 2, 1),
-    ("a" * 30, 6, 5),
-    ("a" * 32, 6, 8),                   # five of six and one of two
-    ("ab" * 21, 6, 8 + 2),
+    ("a" * 30, 10, 3),
+    ("a" * 32, 8, 4),
+    ("a" * 31, 10, 4 + 3),              # seven of four and one of three
+    ("ab" * 21, 7, 6),
     ("aaaaab" * 4 + "aa", 5, 6 + 2),    # Gemma 3: 5 local layers to a global one, 26 in all
-    ("b" + "a" * 60, 6, 11 + 11 + 6),   # a dense layer before the mixtures
+    ("b" + "a" * 60, 9, 7 + 7 + 5),     # a dense layer before the mixtures
     ("abcdefgh", 1, 8),
 ])
 def test_few_layers_are_compiled_and_few_calls_made(pattern, calls, compiled):
