@@ -217,7 +217,7 @@ def test_context_length_needs_no_bucket():
 DRAFTED = ((3, 0, 4), (1, 300, 4), (7, 13, 4), (9, 14, 4), (10, 253, 4), (2, 100, 40), (0, 30, 4))
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-2-9b-local", "gpt-oss-20b-local"])
+@pytest.mark.parametrize("name", [pytest.param("smollm2-135m", marks=pytest.mark.slow), "gpt-oss-20b-local"])
 def test_tokens_that_verify_a_draft_equal_the_reference_and_a_prefill_of_them(name):
     """Four tokens an entry over one reading of its context, beside a prefill of other rows."""
     step = Step(shrunk(head_shape(name)), jnp.float32, entries=DRAFTED, decode_count=5, decode_tokens=4)

@@ -90,7 +90,10 @@ def test_a_donated_pool_of_codes_is_written_in_place(codes):
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("codes", ["int8", FP8])
-@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-2-9b-local", "gpt-oss-20b-local"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt-oss-20b-local", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm2-135m", "gemma-2-9b-local"))],
+)
 def test_attention_over_codes_equals_the_reference_and_reads_no_poison(op, codes, name):
     given = Step(shrunk(head_shape(name)), jnp.float32)
     k, v = in_codes(given.k_PKSH, codes), in_codes(given.v_PKSH, codes)
