@@ -202,7 +202,7 @@ def main() -> None:
     results: list[list[dict[str, float]]] = [[] for _ in urls]
     for turn in range(-options.warmup, options.repeats):
         for url, found in zip(urls, results, strict=True):
-            figure = asyncio.run(run_load(url, options, options.seed + turn))
+            figure = asyncio.run(run_load(url, options, options.seed + options.warmup + turn))
             if turn >= 0:
                 found.append(figure)
                 shown = "  ".join(f"{name} {figure[name]:.1f}" for name in SHOWN)
