@@ -12,6 +12,7 @@ from jaxserve.core.plan import StepLimits
 from jaxserve.core.request import EngineRequest, SequenceOutput
 from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.engine.loop import EngineLoop
+from jaxserve.engine.speculation import Speculation
 from tests.fakes import FakeClock, FakeRunner, alone, make_shape
 
 TURNS_MAX = 20_000
@@ -98,6 +99,7 @@ def make_harness(
     itl_target_ms: float | None = None,
     max_num_seqs: int | None = None,
     runner: FakeRunner | None = None,
+    speculation: Speculation | None = None,
     **shape: object,
 ) -> Harness:
     """An engine over a small fake device; `shape` goes to `make_shape`."""
@@ -116,5 +118,7 @@ def make_harness(
         max_num_queued_reqs=queue_max,
         itl_target_ms=itl_target_ms,
     )
-    loop = EngineLoop(runner, config=config, cache=CacheConfig(enable_prefix_caching=prefix), clock=clock)
+    loop = EngineLoop(
+        runner, config=config, cache=CacheConfig(enable_prefix_caching=prefix), clock=clock, speculation=speculation
+    )
     return Harness(runner, loop, clock)

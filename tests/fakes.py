@@ -275,6 +275,8 @@ class FakeRunner:
         self._check_writes(plan)
         entries = plan.row_A.shape[0]
         token_A, is_finite_A = np.full(entries, -1, np.int32), np.ones(entries, np.bool_)
+        sampled_N = _Logprobs(plan.sample_count, self.shape)
+        token_N: list[int] = []
         sampled, scored = _Logprobs(entries, self.shape), _Logprobs(plan.token_count, self.shape)
         offset = 0
         for entry in range(entries):
@@ -289,12 +291,22 @@ class FakeRunner:
                 for index, value in enumerate(values, offset):
                     scored.put(index, value, int(plan.score_target_T[index]), row.admission.params.prompt_logprobs)
             if plan.samples_A[entry]:
-                row.last_token = token_A[entry] = self._sample(row, start + count, values[-1])
+                drafted = 0 if plan.draft_A is None else int(plan.draft_A[entry])
+                for back in range(drafted, -1, -1):
+                    value = values[count - 1 - back]
+                    row.last_token = self._sample(row, start + count - back, value)
+                    sampled_N.put(len(token_N), value, row.last_token, row.admission.params.logprobs)
+                    token_N.append(row.last_token)
+                token_A[entry] = token_N[-1 - drafted]
+                if drafted:
+                    row.last_token = -1     # nobody may feed it back: who knows which sample holds
                 is_finite_A[entry] = is_finite
-                sampled.put(entry, values[-1], row.last_token, row.admission.params.logprobs)
+                sampled.put(entry, values[-1], int(token_A[entry]), row.admission.params.logprobs)
             offset += count
         step.result = StepResult(
-            step=plan.step, token_A=token_A, is_finite_A=is_finite_A, logprobs=sampled.arrays(), scores=scored.arrays()
+            step=plan.step, token_A=token_A, is_finite_A=is_finite_A,
+            logprobs=(sampled if plan.draft_A is None else sampled_N).arrays(), scores=scored.arrays(),
+            token_N=None if plan.draft_A is None else np.array(token_N, np.int32),
         )
 
     def _compute(self, row: _Row, start: int, tokens: list[int]) -> tuple[list[int], bool]:

@@ -49,6 +49,15 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculativeConfig:
+    """Drafts from the sequence's own text (`method: ngram`)."""
+
+    num_speculative_tokens: int                  # most tokens of a draft
+    prompt_lookup_max: int = 5                   # longest and shortest n-gram that is looked for
+    prompt_lookup_min: int = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerConfig:
     """What a step may hold and who goes first."""
 
@@ -60,6 +69,7 @@ class SchedulerConfig:
     batching: Literal["continuous", "static"] = "continuous"
     max_num_queued_reqs: int | None = None
     itl_target_ms: float | None = None           # None: prompts fill the steps
+    speculative_config: SpeculativeConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ Plain numpy with real counts: no padding, no bucket, no text, no device. Rows, p
 control plane owns; the data plane only obeys.
 Invariants, which `StepPlan.check` verifies and tests call on every plan:
 - an entry is one sequence, and no row appears twice in a step;
-- entries [0, decode_count) compute exactly one token each; the rest are prefill chunks;
+- entries [0, decode_count) compute exactly one token each; the rest are drafts to verify and prefill chunks;
 - `from_row_A` is set only where the token is the row's newest sample, still on the device;
 - every page that a position of this step falls into is in the row's page table once admissions and updates are
   applied, in that order.
@@ -72,6 +72,7 @@ class StepPlan:
       token_T: the entries' tokens, packed in order; T = sum of count_A.
       decode_count: entries before this index are decodes.
       page_updates: one a KV group.
+      draft_A: how many of the entry's last tokens are drafts: it samples after each of them, too. None: nobody drafts.
     """
 
     step: int
@@ -86,6 +87,7 @@ class StepPlan:
     decode_count: int
     admissions: tuple[RowAdmission, ...] = ()
     page_updates: tuple[PageUpdates, ...] = ()
+    draft_A: I32 | None = None
 
     @property
     def token_count(self) -> int:
@@ -93,7 +95,14 @@ class StepPlan:
 
     @property
     def sample_count(self) -> int:
-        return int(self.samples_A.sum())
+        drafted = 0 if self.draft_A is None else int(self.draft_A.sum())
+        return int(self.samples_A.sum()) + drafted
+
+    @property
+    def sample_counts(self) -> I32:
+        """How many tokens each entry samples."""
+        samples_A = self.samples_A.astype(np.int32)
+        return samples_A if self.draft_A is None else samples_A + self.draft_A
 
     def check(self) -> None:
         """Asserts the invariants that need no state."""
@@ -106,6 +115,9 @@ class StepPlan:
         assert 0 <= self.decode_count <= entries and (self.count_A[: self.decode_count] == 1).all()
         assert (self.count_A[self.from_row_A] == 1).all(), "a fed-back token stands alone"
         assert (self.start_A >= 0).all()
+        if self.draft_A is not None:
+            assert self.draft_A.shape == (entries,) and (self.draft_A >= 0).all()
+            assert (self.count_A > self.draft_A).all() and self.samples_A[self.draft_A > 0].all()
         for updates in self.page_updates:
             assert updates.row_U.shape == updates.index_U.shape == updates.page_U.shape
             assert updates.row_U.shape[0] <= self.token_count
@@ -126,10 +138,11 @@ class StepResult:
     """What a step gave, in the plan's entry order, real counts only.
 
     Attributes:
-      token_A: the sampled token, -1 where the entry does not sample.
+      token_A: the sampled token, of several the first; -1 where the entry does not sample.
       is_finite_A: False where the entry's logits held NaN or infinity of the wrong sign: its token is meaningless
         (True where it does not sample).
       logprobs: per entry (zeros where it does not sample), None where no row of the step wants logprobs.
+      token_N: where somebody drafts, all sampled tokens in entry order (`sample_counts`), and `logprobs` are of them.
       scores: per packed token, for the chunks with scores_A (zeros elsewhere), None where there is none.
     """
 
@@ -138,6 +151,7 @@ class StepResult:
     is_finite_A: Bool
     logprobs: LogprobArrays | None = None
     scores: LogprobArrays | None = None
+    token_N: I32 | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,6 +110,9 @@ class EngineStats:
     compiled_count: int = 0           # programs compiled or loaded so far
     compiled_after_ready_count: int = 0  # must stay 0
     corrupted_count: int = 0          # sequences ended for non-finite logits
+    draft_count: int = 0              # drafts verified
+    draft_tokens: int = 0             # their tokens
+    draft_accepted_at: tuple[int, ...] = ()  # accepted ones by place in the draft; empty without speculation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

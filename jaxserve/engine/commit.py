@@ -1,6 +1,7 @@
 """What a landed step means for its sequences: tokens, stops, prefix keys, pages given back, outputs.
 
 It knows no plan in the making and no device; it changes sequences through the roster.
+Of a draft it keeps the samples up to the first that differs from what was drafted: those the sequence would have had.
 Invariants: nothing that a step computed is trusted before this; an ended sequence's discarded token leaves no trace;
 pages that a non-finite sequence held are tainted before anybody can find or take them.
 """
@@ -13,6 +14,7 @@ from jaxserve.core.plan import LogprobArrays, StepPlan, StepResult
 from jaxserve.core.request import SequenceOutput, TokenLogprob
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.speculation import Speculation
 from jaxserve.engine.stats import Counters
 
 NON_FINITE = (
@@ -24,7 +26,8 @@ NON_FINITE = (
 class Committer:
     """Takes results, in launch order."""
 
-    def __init__(self, roster: Roster, counters: Counters) -> None:
+    def __init__(self, roster: Roster, counters: Counters, speculation: Speculation | None = None) -> None:
+        self._speculation = speculation
         self._roster = roster
         self._counters = counters
         self._kv = roster.kv
@@ -40,6 +43,7 @@ class Committer:
         tokens = result.token_A.tolist()
         samples = plan.samples_A.tolist()
         ends = (plan.start_A + plan.count_A).tolist()
+        runs = self._runs(plan, result)
         if result.scores is not None:
             self._collect_scores(plan, sequences, result.scores)
         for entry, sequence in enumerate(sequences):
@@ -50,43 +54,107 @@ class Committer:
                 sequence.pending -= samples[entry]
                 sequence.computed = ends[entry]
                 if not finite[entry]:
+                    sequence.drafted = 0
                     outputs.append(self._fail(sequence, now_s))
+                elif entry in runs:
+                    outputs.append(self._verify(sequence, entry, *runs[entry], result, now_s))
                 else:
-                    if sequence.computed // self._page_size > sequence.published:
-                        self._roster.cache.publish(sequence)
-                    if self._kv.is_windowed:
-                        self._kv.slide(sequence)
+                    self._settle(sequence)
                     if samples[entry]:
-                        outputs.append(self._append(sequence, tokens[entry], entry, result, now_s))
+                        outputs.append(self._append(sequence, (tokens[entry],), entry, result, now_s))
             if sequence.is_leaving and not sequence.in_flight:
                 self._roster.land(sequence)
         self._counters.steps += 1
         self._counters.step_tokens = plan.token_count
         return outputs
 
-    def _append(
-        self, sequence: Sequence, token: int, entry: int, result: StepResult, now_s: float
+    def _settle(self, sequence: Sequence) -> None:
+        """What is computed now is of known tokens: full pages may be found, pages out of sight go back."""
+        if sequence.computed // self._page_size > sequence.published:
+            self._roster.cache.publish(sequence)
+        if self._kv.is_windowed:
+            self._kv.slide(sequence)
+
+    @staticmethod
+    def _runs(plan: StepPlan, result: StepResult) -> dict[int, tuple[int, int, list[int]]]:
+        """For each entry of a step in which somebody drafts: its first sample, its drafts, and the samples that hold.
+
+        A sample holds if all drafts before it were what was sampled.
+        """
+        if plan.draft_A is None:
+            return {}
+        assert result.token_N is not None
+        of_A = plan.sample_counts
+        first_A, last_A = np.cumsum(of_A) - of_A, np.cumsum(plan.count_A)
+        runs = {}
+        for entry in np.flatnonzero(plan.samples_A).tolist():
+            first, drafted, last = int(first_A[entry]), int(plan.draft_A[entry]), int(last_A[entry])
+            sampled_D = result.token_N[first : first + drafted]
+            is_wrong_D = sampled_D != plan.token_T[last - drafted : last]
+            accepted = int(is_wrong_D.argmax()) if is_wrong_D.any() else drafted
+            runs[entry] = (first, drafted, result.token_N[first : first + accepted + 1].tolist())
+        return runs
+
+    def _verify(
+        self, sequence: Sequence, entry: int, first: int, drafted: int, tokens: list[int], result: StepResult,
+        now_s: float,
     ) -> SequenceOutput:
-        """The sequence has one more token, and may end with it."""
+        """Like `_append`, of a sequence in a step with drafts: its computed positions end where its tokens do."""
+        if not drafted:
+            self._settle(sequence)
+            return self._append(sequence, tuple(tokens), first, result, now_s)
+        accepted = len(tokens) - 1
+        sequence.drafted = 0
+        sequence.computed -= drafted - accepted
+        if sequence.row >= 0:
+            sequence.planned = sequence.computed
+        self._counters.drafts += 1
+        self._counters.draft_tokens += drafted
+        for place in range(accepted):
+            self._counters.accepted_at[place] += 1
+        output = self._append(sequence, tuple(tokens), first, result, now_s, settles=True)
+        assert self._speculation is not None
+        self._speculation.learn(sequence, drafted=drafted, accepted=accepted)
+        return output
+
+    def _append(
+        self, sequence: Sequence, tokens: tuple[int, ...], sample: int, result: StepResult, now_s: float, *,
+        settles: bool = False,
+    ) -> SequenceOutput:
+        """The sequence has more tokens, and may end with one of them: the rest of them never was.
+
+        Args:
+          sample: where the result has the first token's logprobs.  settles: positions of new tokens are computed.
+        """
         is_first = sequence.known == sequence.prompt_length
         prompt_logprobs = None
         if is_first:
             sequence.first_token_s = now_s
             self._counters.prompt_tokens += sequence.prompt_length
             prompt_logprobs = None if sequence.scores is None else tuple(sequence.scores)
-        sequence.append(token)
-        self._counters.generation_tokens += 1
+        stop = None
+        known = sequence.known
+        for token in tokens:
+            sequence.append(token)
+            stop = sequence.stop.judge(token, sequence.known)
+            if stop is not None:
+                break
+        kept = tokens[: sequence.known - known]
+        self._counters.generation_tokens += len(kept)
         logprobs: tuple[TokenLogprob, ...] = ()
         wanted = sequence.params.logprobs
         if wanted is not None:
-            assert result.logprobs is not None
-            logprobs = (_logprob(result.logprobs, entry, token, wanted),)
-        stop = sequence.stop.judge(token, sequence.known)
+            found = result.logprobs
+            assert found is not None
+            logprobs = tuple(_logprob(found, index, token, wanted) for index, token in enumerate(kept, sample))
+        if settles:
+            sequence.computed = min(sequence.computed, sequence.known - 1)
+            self._settle(sequence)
         if stop is not None:
             self._roster.end(sequence)
         return SequenceOutput(
             request_id=sequence.request.request_id,
-            token_ids=(token,),
+            token_ids=kept,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=None if stop is None else stop.reason,

@@ -18,18 +18,22 @@ class Draft:
     """Entries chosen so far and what is left of the step's budgets.
 
     Attributes:
-      decodes: sequences that compute one token.  chunks: (sequence, tokens) of prefills.
+      decodes: sequences that compute one token.  drafts: the ones with tokens to verify behind it.
+      chunks: (sequence, tokens) of prefills.
       grown: table index of the first new page of sequences that were in a row before and took pages.
       is_short: pages did not suffice for a running sequence, so nobody new may come.
     """
 
-    __slots__ = ("admitted", "chunks", "decodes", "entries", "grown", "is_short", "samples", "tokens", "tokens_max")
+    __slots__ = (
+        "admitted", "chunks", "decodes", "drafts", "entries", "grown", "is_short", "samples", "tokens", "tokens_max",
+    )
 
     def __init__(self, limits: StepLimits, *, entries_max: int) -> None:
         self.tokens_max = self.tokens = limits.tokens_max
         self.samples = limits.samples_max
         self.entries = entries_max
         self.decodes: list[Sequence] = []
+        self.drafts: dict[Sequence, I32] = {}
         self.chunks: dict[Sequence, int] = {}
         self.admitted: list[Sequence] = []
         self.grown: dict[Sequence, int] = {}
@@ -48,11 +52,19 @@ class Draft:
             assert self.samples > 0
             self.samples -= 1
 
+    def add_drafts(self, drafts: dict[Sequence, I32]) -> None:
+        """Some of the decodes get tokens to verify."""
+        self.drafts = drafts
+        self.decodes = [sequence for sequence in self.decodes if sequence not in drafts]
+
     def drop(self, sequence: Sequence) -> None:
         """Takes a running sequence out again, if it is in."""
         count = self.chunks.pop(sequence, 0)
         if count:
             self.samples += sequence.planned + count == sequence.prefill_end
+        elif sequence in self.drafts:
+            count = 1 + len(self.drafts.pop(sequence))
+            self.samples += count
         elif sequence in self.decodes:
             self.decodes.remove(sequence)
             count = 1
@@ -63,22 +75,27 @@ class Draft:
 
     def finish(self, step: int) -> tuple[StepPlan, list[Sequence]]:
         """The plan and its sequences in entry order; marks what is now planned and in flight."""
-        sequences = [*self.decodes, *self.chunks]
-        decode_count = len(self.decodes)
+        sequences = [*self.decodes, *self.drafts, *self.chunks]
+        decode_count, drafting = len(self.decodes), len(self.drafts)
+        drafted = [len(draft) for draft in self.drafts.values()]
         start_A = np.array([s.planned for s in sequences], np.int32)
         known_A = np.array([s.known for s in sequences], np.int32)
-        count_A = np.array([1] * decode_count + list(self.chunks.values()), np.int32)
+        count_A = np.array(
+            [1] * decode_count + [1 + count for count in drafted] + list(self.chunks.values()), np.int32
+        )
         end_A = start_A + count_A
         samples_A = end_A >= known_A
         scores_A = np.zeros(len(sequences), np.bool_)
         pieces: list[I32] = [
             np.array([0 if s.planned >= s.known else s.token_ids[s.planned] for s in self.decodes], np.int32)
         ]
+        for sequence, draft in self.drafts.items():
+            pieces += [sequence.token_ids[sequence.planned : sequence.known], draft]
         pieces += [s.token_ids[s.planned : s.planned + count] for s, count in self.chunks.items()]
         token_T = np.concatenate(pieces, dtype=np.int32)
         score_target_T = np.full(token_T.shape[0], -1, np.int32)
-        offset = decode_count
-        for entry, (sequence, count) in enumerate(self.chunks.items(), decode_count):
+        offset = decode_count + drafting + sum(drafted)
+        for entry, (sequence, count) in enumerate(self.chunks.items(), decode_count + drafting):
             if sequence.is_scoring:
                 scores_A[entry] = True
                 targets = sequence.token_ids[sequence.planned + 1 : min(sequence.planned + count + 1, sequence.known)]
@@ -97,7 +114,10 @@ class Draft:
             decode_count=decode_count,
             admissions=tuple(_admission(s) for s in self.admitted),
             page_updates=self._page_updates(sequences[0]),
+            draft_A=np.array([0] * decode_count + drafted + [0] * len(self.chunks), np.int32) if drafting else None,
         )
+        for sequence, draft in self.drafts.items():
+            sequence.drafted = len(draft)
         for sequence, end, samples in zip(sequences, end_A.tolist(), samples_A.tolist(), strict=True):
             sequence.planned = end
             sequence.pending += samples

@@ -27,6 +27,7 @@ from jaxserve.engine.policy import POLICIES
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.speculation import NgramSpeculation, Speculation
 from jaxserve.engine.stats import Counters, StepTiming, snapshot
 
 logger = logging.getLogger("jaxserve.engine")
@@ -48,7 +49,13 @@ class _Launched:
 class EngineLoop:
     """Turns requests into outputs, step by step. Single-threaded: one caller at a time."""
 
-    def __init__(self, runner: RunnerPort, *, config: SchedulerConfig, cache: CacheConfig, clock: ClockPort) -> None:
+    def __init__(
+        self, runner: RunnerPort, *, config: SchedulerConfig, cache: CacheConfig, clock: ClockPort,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """Args:
+        speculation: who drafts; None is by `config`.
+        """
         check_config(config)
         shape = runner.shape
         self._runner, self._shape, self._config, self._clock = runner, shape, config, clock
@@ -59,11 +66,15 @@ class EngineLoop:
             enable_prefix_caching=cache.enable_prefix_caching,
         )
         self._chunk_budget = None if config.itl_target_ms is None else ChunkBudget(config.itl_target_ms / 1000)
+        if speculation is None and config.speculative_config is not None:
+            speculation = NgramSpeculation(config.speculative_config)
+        if speculation is not None:
+            self._counters.accepted_at = [0] * speculation.tokens_max
         self._scheduler = Scheduler(
             self._roster, self._counters, rope_switch=runner.shape.rope_switch, is_static=config.batching == "static",
-            chunk_budget=self._chunk_budget,
+            chunk_budget=self._chunk_budget, speculation=speculation,
         )
-        self._committer = Committer(self._roster, self._counters)
+        self._committer = Committer(self._roster, self._counters, speculation)
         self._rank = POLICIES[config.scheduling_policy]
         self._arrivals = 0
         self._in_flight: _Launched | None = None
@@ -177,6 +188,8 @@ class EngineLoop:
         plan, begin_s = landed.plan, max(landed.launched_s, self._landed_s)
         self._landed_s = landed_s
         tokens = plan.token_count - plan.decode_count
+        if plan.draft_A is not None:
+            tokens -= int(plan.draft_A.sum()) + int((plan.draft_A > 0).sum())
         if self._chunk_budget is not None and plan.decode_count and tokens:
             self._chunk_budget.observe(tokens=tokens, seconds=landed_s - begin_s)
 

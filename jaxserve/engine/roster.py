@@ -81,7 +81,7 @@ class Roster:
         """The device state is gone: everybody waits, nothing is held, cached, promised or in flight."""
         for sequence in (*self.running, *self.waiting, *self.leaving):
             sequence.row = sequence.slot = -1
-            sequence.pending = sequence.in_flight = 0
+            sequence.pending = sequence.in_flight = sequence.drafted = 0
             sequence.is_leaving = False
             sequence.may_split |= sequence.known > sequence.prompt_length
             sequence.rewind()
@@ -108,7 +108,8 @@ class Roster:
         for sequence in self.running:
             assert 0 <= sequence.computed <= sequence.planned <= sequence.capacity and not sequence.is_leaving
             assert sequence.known + sequence.pending <= sequence.stop.length_max
-            assert sequence.planned <= max(sequence.known + sequence.pending - 1, sequence.prefill_end)
+            decoded = sequence.known + sequence.pending - 1 + sequence.drafted
+            assert sequence.planned <= max(decoded, sequence.prefill_end)
         self.kv.check([*self.running, *self.leaving])
         self.cache.check(set(self.running))
 

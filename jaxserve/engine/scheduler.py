@@ -20,6 +20,7 @@ from jaxserve.engine.chunk_budget import ChunkBudget
 from jaxserve.engine.draft import Draft
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.sequence import Sequence
+from jaxserve.engine.speculation import Speculation
 from jaxserve.engine.stats import Counters
 
 SKIPS_MAX = 64   # waiting sequences passed over in one plan (they wait for a prefix or a slot); bounds its cost
@@ -39,10 +40,12 @@ class Scheduler:
 
     def __init__(
         self, roster: Roster, counters: Counters, *, rope_switch: int | None = None, is_static: bool = False,
-        chunk_budget: ChunkBudget | None = None,
+        chunk_budget: ChunkBudget | None = None, speculation: Speculation | None = None,
     ) -> None:
         self._roster = roster
         self._chunk_budget = chunk_budget
+        self._speculation = speculation
+        self._sitting_out: set[Sequence] = set()    # in this plan: they draft once their last token is known
         self._is_static = is_static
         self._batch: frozenset[Sequence] = frozenset()   # under static batching, who may be admitted
         self._rope_switch = rope_switch or sys.maxsize
@@ -56,14 +59,18 @@ class Scheduler:
         roster = self._roster
         if not roster.running and not roster.waiting:
             return None
+        if self._speculation is not None and self._awaits_tokens(self._speculation):
+            return None
         draft = Draft(limits, entries_max=1 if self._solo_steps else limits.tokens_max)
         prefills = self._choose_decodes(draft)
-        if draft.decodes and self._chunk_budget is not None:
+        if self._speculation is not None and not self._solo_steps:
+            self._choose_drafts(draft, self._speculation)
+        if (draft.decodes or draft.drafts) and self._chunk_budget is not None:
             draft.tokens = min(draft.tokens, self._chunk_budget.tokens)
         self._choose_chunks(draft, prefills)
         if roster.waiting and not draft.is_short:
             self._admit(draft, prefills, now_s)
-        if not draft.decodes and not draft.chunks:
+        if not draft.decodes and not draft.drafts and not draft.chunks:
             return None
         self._solo_steps = max(0, self._solo_steps - 1)
         self._step += 1
@@ -73,6 +80,35 @@ class Scheduler:
         """After the n-th allocation failure in a row the next 4^n steps compute one sequence each."""
         self._solo_steps = min(4**failure_count, SOLO_STEPS_MAX)
 
+    def _awaits_tokens(self, speculation: Speculation) -> bool:
+        """Finds who sits out this plan; whether they are so many that everybody better waits for the landing."""
+        decoding = [s for s in self._roster.running if s.planned >= s.prefill_end and s.in_flight]
+        self._sitting_out = {
+            s for s in decoding
+            if s.drafted or (not s.is_ending and not s.params.needs_shaping and speculation.propose(s).shape[0])
+        }
+        return bool(self._sitting_out) and 2 * len(self._sitting_out) >= len(decoding)
+
+    def _choose_drafts(self, draft: Draft, speculation: Speculation) -> None:
+        """Gives decodes tokens to verify, from what the decodes leave of the budgets and pages nobody misses."""
+        drafts = {}
+        for sequence in draft.decodes:
+            if sequence.in_flight or sequence.params.needs_shaping:
+                continue
+            spare = min(pool.available_count for pool in self._kv.pools) - len(self._roster.running)
+            end = min(sequence.capacity + max(0, spare) * self._kv.page_size, sequence.stop.length_max - 1)
+            if not sequence.is_long:
+                end = min(end, self._rope_switch)
+            room = min(draft.tokens, draft.samples, end - sequence.planned - 1)
+            tokens = speculation.propose(sequence)[: max(0, room)]
+            count = tokens.shape[0]
+            if count:
+                self._grow(sequence, 1 + count, draft)
+                draft.tokens -= count
+                draft.samples -= count
+                drafts[sequence] = tokens
+        draft.add_drafts(drafts)
+
     def _choose_decodes(self, draft: Draft) -> list[Sequence]:
         """Adds decodes; returns the running sequences that are still in prefill."""
         prefills, outgrown = [], []
@@ -81,6 +117,8 @@ class Scheduler:
             planned = sequence.planned
             if planned < sequence.prefill_end:
                 prefills.append(sequence)
+                continue
+            if sequence in self._sitting_out:
                 continue
             if draft.tokens == 0 or draft.samples == 0 or draft.entries == 0 or sequence.is_ending:
                 continue
@@ -126,7 +164,7 @@ class Scheduler:
         first = sequence.capacity // self._kv.page_size
         self._kv.grow(sequence, sequence.planned + count)
         if sequence.capacity // self._kv.page_size > first:
-            draft.grown[sequence] = first
+            draft.grown.setdefault(sequence, first)
 
     def _make_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Whether one more page can be had, if need be by preempting sequences of worse rank."""

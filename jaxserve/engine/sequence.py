@@ -29,7 +29,9 @@ class Sequence:
     Attributes:
       token_ids: buffer, of which `known` tokens are on the host: prompt, then committed output.
       prefill_end: known tokens when the row was taken; from there on the sequence decodes.
-      pending: samples in flight.  in_flight: steps in flight that hold an entry of it.
+      pending: samples in flight, a draft's count as one.  drafted: draft tokens in flight.
+      trust: share of its drafts that came true lately.  probe_at: length from which a distrusted one may draft again.
+      in_flight: steps in flight that hold an entry of it.
       tables: for each KV group the pages from page index 0, NO_PAGE where they slid out of the window.
       slid: for each KV group how many leading pages have left.
       capacity: positions that the tables cover.
@@ -46,6 +48,7 @@ class Sequence:
         "cached_token_count",
         "capacity",
         "computed",
+        "drafted",
         "failure_count",
         "first_token_s",
         "has_ended",
@@ -60,6 +63,7 @@ class Sequence:
         "planned",
         "preemption_count",
         "prefill_end",
+        "probe_at",
         "promised",
         "prompt_length",
         "published",
@@ -73,6 +77,7 @@ class Sequence:
         "stop",
         "tables",
         "token_ids",
+        "trust",
     )
 
     def __init__(
@@ -85,7 +90,8 @@ class Sequence:
         self.token_ids: I32 = np.array(request.prompt_token_ids, np.int32)
         self.known = self.prompt_length = len(request.prompt_token_ids)
         self.prefill_end = self.planned = self.computed = self.capacity = 0
-        self.pending = self.in_flight = 0
+        self.pending = self.in_flight = self.drafted = self.probe_at = 0
+        self.trust = 1.0
         self.row = self.slot = -1
         self.tables: list[list[int]] = [[] for _ in range(group_count)]
         self.slid = [0] * group_count

@@ -5,7 +5,7 @@ Invariant: counters only rise; tokens that were computed again after a preemptio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.core.plan import RunnerStats
 from jaxserve.core.request import EngineStats
@@ -25,6 +25,9 @@ class Counters:
     step_tokens: int = 0       # of the newest step
     corrupted: int = 0
     allocation_failures: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)    # accepted draft tokens by place; empty: no speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +57,7 @@ def snapshot(counters: Counters, roster: Roster, runner: RunnerStats) -> EngineS
         compiled_count=runner.compiled_count,
         compiled_after_ready_count=runner.compiled_after_ready_count,
         corrupted_count=counters.corrupted,
+        draft_count=counters.drafts,
+        draft_tokens=counters.draft_tokens,
+        draft_accepted_at=tuple(counters.accepted_at),
     )

@@ -20,6 +20,7 @@ from jaxserve.core.config import (
     ServeConfig,
 )
 from jaxserve.core.errors import ConfigError
+from jaxserve.flags.speculative import speculative_config
 from jaxserve.flags.table import BY_NAME
 from jaxserve.flags.values import convert
 
@@ -43,6 +44,9 @@ def serve_config(raw: Mapping[str, Any]) -> ServeConfig:
     key = os.environ.get("JAXSERVE_API_KEY")
     if key and "api_key" not in parts["frontend"]:
         parts["frontend"]["api_key"] = (key,)
+    drafting = parts["scheduler"].get("speculative_config")
+    if drafting is not None:
+        parts["scheduler"]["speculative_config"] = speculative_config(drafting)
     made = {name: _PARTS[name](**values) for name, values in parts.items()}
     frontend = made.pop("frontend")
     config = ServeConfig(engine=EngineConfig(**made), frontend=frontend)

@@ -94,6 +94,9 @@ FLAGS: tuple[Flag, ...] = (
          choices=("continuous", "static")),
     Flag("max-num-queued-reqs", "scheduler", "int", "sequences that may wait; more get 503. Default: no bound",
          low=0, high=_BIG),
+    Flag("speculative-config", "scheduler", "json",
+         'speculative decoding: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5, '
+         '"prompt_lookup_min": 2}', nothing=("none",), short="-sc"),
     Flag("itl-target-ms", "scheduler", "float",
          "milliseconds between two tokens of a stream: prompt chunks shrink to it. Default: prompts fill the steps",
          low=1, high=60_000),

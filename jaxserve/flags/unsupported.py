@@ -70,7 +70,7 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("stream-interval", f"streaming several tokens at once {_LATER}: every token is streamed"),
     ("watermark scheduler-reserve-full-isl num-lookahead-slots num-scheduler-steps scheduler-cls",
      f"this knob of vLLM's scheduler {_NEVER}; see --help=scheduler for ours"),
-    ("speculative-config spec-model spec-tokens", f"speculative decoding {_LATER}"),
+    ("spec-model spec-tokens", "is a key of --speculative-config here, and a draft model is not built yet; use ngram"),
     # compilation
     ("compilation-config cudagraph-capture-sizes cuda-graph-sizes max-cudagraph-capture-size max-seq-len-to-capture "
      "optimization-level device",
@@ -128,6 +128,6 @@ SHORT_UNSUPPORTED: dict[str, str] = {
     "-dpp": "data-parallel-rpc-port", "-dpb": "data-parallel-backend", "-dph": "data-parallel-hybrid-lb",
     "-dpe": "data-parallel-external-lb", "-dcp": "decode-context-parallel-size",
     "-pcp": "prefill-context-parallel-size", "-ep": "enable-expert-parallel",
-    "-sc": "speculative-config", "-cc": "compilation-config", "-ac": "attention-config", "-asc": "api-server-count",
+    "-cc": "compilation-config", "-ac": "attention-config", "-asc": "api-server-count",
     "-n": "nnodes", "-r": "node-rank",
 }

@@ -36,7 +36,7 @@ class StepInput(NamedTuple):
 
     Attributes:
       token_T: FED_BACK where the token is the row's newest sample.
-      sample_token_B: packed index of the last token of each sampling entry.
+      sample_token_B: packed index of the last token of each sampling entry, and of its tokens before drafts.
       sample_row_B: its row.  sample_position_B: the position that the sampled token will have.
     """
 
@@ -110,10 +110,18 @@ def pack(plan: StepPlan, layout: StepLayout) -> I32:
         before_A = plan.start_A - (last_A + 1 - plan.count_A)     # position of an entry's token less its packed index
         view["position_T"][:tokens] = np.arange(tokens) + np.repeat(before_A, plan.count_A)
     count = plan.sample_count
-    view["sample_token_B"][:count] = last_A[plan.samples_A]
-    view["sample_row_B"][:count] = plan.row_A[plan.samples_A]
+    end_A = plan.start_A + plan.count_A
     view["sample_row_B"][count:] = layout.row_count
-    view["sample_position_B"][:count] = (plan.start_A + plan.count_A)[plan.samples_A]
+    if plan.draft_A is None:
+        view["sample_token_B"][:count] = last_A[plan.samples_A]
+        view["sample_row_B"][:count] = plan.row_A[plan.samples_A]
+        view["sample_position_B"][:count] = end_A[plan.samples_A]
+    else:
+        of_A = plan.sample_counts
+        back_N = np.repeat(np.cumsum(of_A) - 1, of_A) - np.arange(count)     # tokens before the entry's last one
+        view["sample_token_B"][:count] = np.repeat(last_A, of_A) - back_N
+        view["sample_row_B"][:count] = np.repeat(plan.row_A, of_A)
+        view["sample_position_B"][:count] = np.repeat(end_A, of_A) - back_N
     for group in range(layout.group_count):
         updates = plan.page_updates[group] if plan.page_updates else None
         used = 0 if updates is None else updates.row_U.shape[0]

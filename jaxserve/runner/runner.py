@@ -129,7 +129,8 @@ class Runner:
     def limits(self) -> StepLimits:
         programs = self._builder
         return StepLimits(
-            tokens_max=programs.token_buckets[-1], samples_max=min(programs.row_buckets[-1], self.shape.row_count)
+            tokens_max=programs.token_buckets[-1],
+            samples_max=min(programs.row_buckets[-1], self._setup.samples_max or self.shape.row_count),
         )
 
     def launch(self, plan: StepPlan) -> PendingDeviceStep:
@@ -260,6 +261,7 @@ class PendingDeviceStep:
 
     def result(self) -> StepResult:
         plan, sampled = self._plan, self._sampled
+        token_N = None
         token_A = np.full(plan.row_A.shape[0], -1, np.int32)
         is_finite_A = np.ones(plan.row_A.shape[0], bool)
         logprobs = scores = None
@@ -268,15 +270,22 @@ class PendingDeviceStep:
                 self._forwarded.block_until_ready()   # nothing to read, yet a failed step must say so
             else:
                 count = plan.sample_count
-                token_A[plan.samples_A] = np.asarray(sampled.token_B)[:count]
-                is_finite_A[plan.samples_A] = np.asarray(sampled.is_finite_B)[:count]
+                found_N, is_finite_N = np.asarray(sampled.token_B)[:count], np.asarray(sampled.is_finite_B)[:count]
+                samples_N = plan.samples_A
+                if plan.draft_A is not None:
+                    of_A = plan.sample_counts[plan.samples_A]
+                    first_A = np.cumsum(of_A) - of_A
+                    token_N, samples_N = found_N, np.ones(count, bool)
+                    found_N, is_finite_N = found_N[first_A], np.logical_and.reduceat(is_finite_N, first_A)
+                token_A[plan.samples_A], is_finite_A[plan.samples_A] = found_N, is_finite_N
                 if self._wants_logprobs:
-                    logprobs = _spread(sampled.logprobs, plan.samples_A, count)
+                    logprobs = _spread(sampled.logprobs, samples_N, count)
             if self._scored is not None:
                 is_scored_T = np.repeat(plan.scores_A, plan.count_A) & (plan.score_target_T >= 0)
                 scores = _spread(self._scored, is_scored_T, plan.token_count, packed=True)
         return StepResult(
-            step=plan.step, token_A=token_A, is_finite_A=is_finite_A, logprobs=logprobs, scores=scores
+            step=plan.step, token_A=token_A, is_finite_A=is_finite_A, logprobs=logprobs, scores=scores,
+            token_N=token_N,
         )
 
 

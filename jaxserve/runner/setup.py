@@ -24,6 +24,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 class RunnerSetup:
     """Attributes:
     whole_prompts: prompts are never split (`--no-enable-chunked-prefill`): the largest step is needed at once.
+    samples_max: most samples of a step where drafts are verified; None: one a row.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -35,6 +36,7 @@ class RunnerSetup:
     memory: MemoryTable
     logprobs_mode: LogprobsMode = "raw_logprobs"
     whole_prompts: bool = False
+    samples_max: int | None = None
     store: ExecutableStore | None = None
 
     @property

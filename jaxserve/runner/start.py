@@ -34,6 +34,7 @@ from jaxserve.runner.setup import RunnerSetup
 logger = logging.getLogger("jaxserve.start")
 
 SHAPING_SLOTS_MAX = 32          # rows at once with penalties, bias, bad words or allowed ids: 10 bytes x V each
+VERIFIED_SAMPLES = 64    # samples of a step with drafts, where the rows alone do not need more
 PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
 
 
@@ -55,11 +56,13 @@ def plan_memory(
     size_min = smallest_size(
         spec, itemsize=jnp.dtype(dtype).itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
     )
+    samples_max = _samples_max(config, row_count, tokens_max)
     buckets = functools.partial(
-        choose_buckets, rows_max=row_count, size_min=size_min, is_cpu=is_cpu, is_eager=config.compilation.enforce_eager
+        choose_buckets, rows_max=samples_max or row_count, size_min=size_min, is_cpu=is_cpu,
+        is_eager=config.compilation.enforce_eager,
     )
     setup = _setup(
-        spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
+        spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count, samples_max=samples_max,
         buckets=buckets(tokens_max=tokens_max),
         store=_store(config.compilation.compilation_cache_dir), budget=budget,
     )
@@ -107,6 +110,15 @@ def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple
     return row_count, tokens_max
 
 
+def _samples_max(config: EngineConfig, row_count: int, tokens_max: int) -> int | None:
+    """With drafts to verify, few rows sample at several positions each; many rows leave each other no room."""
+    speculative = config.scheduler.speculative_config
+    if speculative is None:
+        return None
+    wanted = row_count * (1 + speculative.num_speculative_tokens)
+    return min(wanted, max(row_count, VERIFIED_SAMPLES), tokens_max)
+
+
 def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
     """--max-model-len, or what a step holds where prompts cannot be split; None is as long as fits."""
     length, scheduler = config.model.max_model_len, config.scheduler
@@ -121,7 +133,7 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
 
 def _setup(
     *, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig, row_count: int,
-    buckets: Buckets, store: ExecutableStore | None, budget: Budget,
+    samples_max: int | None, buckets: Buckets, store: ExecutableStore | None, budget: Budget,
 ) -> RunnerSetup:
     """A setup of final sizes except for the pool, which is provisional."""
     alternatives = config.model.max_logprobs
@@ -141,7 +153,7 @@ def _setup(
         shape=_shape(shape, [PROVISIONAL_PAGES] * len(shape.groups), length),
         memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
-        whole_prompts=not config.scheduler.enable_chunked_prefill, store=store,
+        whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, store=store,
     )
 
 

@@ -134,6 +134,14 @@ class EngineCollector(Collector):
             "vllm:prompt_tokens_cached_by_source", "Cached prompt tokens by kind of memory.", "source",
             {"device": hits, "host": 0, "p2p": 0, "disk": 0, "external_unspecified": 0},
         )
+        if accepted_at := stats.draft_accepted_at:
+            yield self._counter("vllm:spec_decode_num_drafts", "Drafts verified.", stats.draft_count)
+            yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens)
+            yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafted tokens kept.", sum(accepted_at))
+            yield self._counters(
+                "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafted tokens kept, by place in the draft.",
+                "position", {str(place): count for place, count in enumerate(accepted_at)},
+            )
         yield self._gauge("jaxserve:step_tokens", "Tokens computed by the newest step.", stats.step_tokens)
         yield self._gauges(
             "jaxserve:phase", "1 for the phase of the engine's life.", "phase",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.core.config import EngineConfig, FrontendConfig, ServeConfig
+from jaxserve.core.config import EngineConfig, FrontendConfig, ServeConfig, SpeculativeConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.flags import engine_config_from_kwargs, parse_serve_args
 from jaxserve.flags.build import default
@@ -25,7 +25,11 @@ SAMPLES = {
 OF_KIND = {"text": "word", "texts": "word", "int": "7", "length": "8K"}
 SWITCHES = [flag for flag in FLAGS if flag.kind == "bool"]
 VALUED = [flag for flag in FLAGS if flag.kind != "bool" and not flag.name.startswith("ssl")]   # TLS files must exist
-READ = {"4K": 4096, "8K": 8192, "1G": 2**30, '{"a": 1}': {"a": 1}, '{"top_p": 0.5}': {"top_p": 0.5}}
+DRAFTS = '{"method":"ngram","num_speculative_tokens":3}'
+READ = {
+    DRAFTS: SpeculativeConfig(num_speculative_tokens=3), "4K": 4096, "8K": 8192, "1G": 2**30, '{"a": 1}': {"a": 1},
+    '{"top_p": 0.5}': {"top_p": 0.5},
+}
 
 
 def parse(line: str) -> ServeConfig:
@@ -38,6 +42,8 @@ def held(config: ServeConfig, flag: Flag) -> object:
 
 
 def sample(flag: Flag) -> str:
+    if flag.name == "speculative-config":
+        return DRAFTS
     return SAMPLES.get(flag.name) or OF_KIND[flag.kind]
 
 

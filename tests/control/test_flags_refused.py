@@ -32,7 +32,7 @@ max-num-queued-tokens stream-interval async-scheduling watermark disable-hybrid-
 pipeline-parallel-size data-parallel-size data-parallel-rank data-parallel-start-rank data-parallel-size-local
 data-parallel-address data-parallel-rpc-port data-parallel-backend enable-expert-parallel distributed-executor-backend
 nnodes node-rank master-addr master-port prefill-context-parallel-size decode-context-parallel-size enable-eplb
-all2all-backend enable-dbo speculative-config enable-lora max-loras max-lora-rank max-cpu-loras lora-dtype
+all2all-backend enable-dbo enable-lora max-loras max-lora-rank max-cpu-loras lora-dtype
 fully-sharded-loras structured-outputs-config otlp-traces-endpoint collect-detailed-traces
 show-hidden-metrics-for-version kv-cache-metrics custom-histogram-buckets profiler-config compilation-config
 cudagraph-capture-sizes attention-backend attention-config kernel-config mamba-config limit-mm-per-prompt
