@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Where the time of a step goes: host seconds (plan, pack, dispatch, commit) by rows, device seconds by bucket.
 
+GB/s and GFLOP/s of each are set against what the device does at best in the same run (ceilings.py).
 Turns the engine's own loop in this process, without HTTP and without text. Medians and minima; `--json` for machines.
 
     python scripts/bench_step.py --model ~/.cache/jaxserve/models/SmolLM2-135M-Instruct --dtype float32
@@ -21,6 +22,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ceilings import Ceilings, StepWork, measure, step_work
 from step_counts import recorded, write_counts
 from step_profile import Scopes, profiled, scopes_of
 
@@ -58,47 +60,54 @@ def main() -> None:
     if options.write_counts is not None:
         write_counts(options.write_counts, Path(options.model))
         return
+    ceilings = measure(jnp.dtype(options.dtype))
     built: dict[str, tuple[Program, Executable]] = {}
     with recorded(built):
-        runner, seconds = start(options)
+        runner, work, seconds = start(options)
     config = EngineConfig(model=ModelConfig(model=options.model))
     report: dict[str, object] = {
         "model": Path(options.model).name, "dtype": options.dtype, "device": jax.devices()[0].device_kind,
         "start_s": seconds, "host_ms": {}, "device_ms": {},
+        "ceilings": {"GB/s": round(ceilings.read_gb_s, 1), "GFLOP/s": round(ceilings.dot_gflop_s)},
     }
     for rows in options.rows:
-        report["host_ms"][rows] = host_times(runner, config, rows, options)    # type: ignore[index]
+        times = host_times(runner, config, rows, options)
+        times["rate"] = decode_rate(work, ceilings, rows, options.context, times["step"]["median"])
+        report["host_ms"][rows] = times    # type: ignore[index]
     if options.profile is not None:
         scopes = scopes_of(executable for _, executable in built.values())
         report["profile_ms"] = {rows: profile(runner, config, rows, options, scopes) for rows in options.rows}
-    for tokens in runner.buckets.tokens:
-        report["device_ms"][tokens] = prefill_ms(runner, tokens, options.repeats)   # type: ignore[index]
+    for tokens in (size for size in runner.buckets.tokens if size <= runner.shape.length_max):
+        chunk = prefill_ms(runner, tokens, options.repeats)
+        report["device_ms"][tokens] = chunk | prefill_rate(work, ceilings, tokens, chunk["median"])   # type: ignore
     stats = runner.stats
     report["compiled_after_ready"] = stats.compiled_after_ready_count
     runner.close()
     print(json.dumps(report, indent=1) if options.json else _table(report))
 
 
-def start(options: argparse.Namespace) -> tuple[Runner, dict[str, float]]:
-    """A runner with every bucket compiled, and what that took."""
+def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, float]]:
+    """A runner with every bucket compiled, what a step of its model must do, and what the start took."""
     folder, mesh = Path(options.model).expanduser(), make_mesh(jax.devices())
     spec, dtype = read_spec(folder), jnp.dtype(options.dtype)
     rows_max = max(options.rows)
     config = EngineConfig(
-        model=ModelConfig(model=str(folder)), load=LoadConfig(load_format=options.load_format),
+        model=ModelConfig(model=str(folder), quantization=options.quantization),
+        load=LoadConfig(load_format=options.load_format),
         scheduler=SchedulerConfig(max_num_seqs=rows_max, max_num_batched_tokens=options.tokens_max),
         cache=CacheConfig(kv_cache_memory_bytes=options.kv_cache_memory_bytes),
         compilation=CompilationConfig(compilation_cache_dir=options.compilation_cache_dir),
     )
     began = time.perf_counter()
     setup = plan_memory(
-        spec=spec, params=abstract_params(spec, dtype, mesh), mesh=mesh, dtype=dtype, config=config
+        spec=spec, params=abstract_params(spec, dtype, mesh, options.quantization), mesh=mesh, dtype=dtype,
+        config=config,
     )
     planned = time.perf_counter()
     if options.load_format == "dummy":
-        params = random_params(spec, mesh, dtype)
+        params = random_params(spec, mesh, dtype, quantization=options.quantization)
     else:
-        params = load_params(spec, folder, mesh, dtype)
+        params = load_params(spec, folder, mesh, dtype, quantization=options.quantization)
     loaded = time.perf_counter()
     runner = Runner.create(setup=setup, params=params)
     runner.compile_serving_set(NoProgress())
@@ -107,7 +116,7 @@ def start(options: argparse.Namespace) -> tuple[Runner, dict[str, float]]:
     runner.wait_ready()
     ready = time.perf_counter()
     stats = runner.compile_stats
-    return runner, {
+    return runner, step_work(spec, params, dtype.itemsize), {
         "plan": planned - began, "load": loaded - planned, "serving": serving - loaded, "ready": ready - loaded,
         "lower": stats.lower_s, "compile": stats.compile_s, "read": stats.load_s,
         "programs": stats.compiled_count + stats.loaded_count, "compiled": stats.compiled_count,
@@ -201,22 +210,45 @@ def prefill_ms(runner: Runner, tokens: int, repeats: int) -> dict[str, float]:
     return summary(times[1:])
 
 
+def decode_rate(work: StepWork, ceilings: Ceilings, rows: int, context: int, ms: float) -> dict[str, float]:
+    """What a decode step reads and computes a second, and its share of the ceilings."""
+    return _rate(work.decode_gb_s(rows, context, ms), work.decode_gflop_s(rows, ms), ceilings)
+
+
+def prefill_rate(work: StepWork, ceilings: Ceilings, tokens: int, ms: float) -> dict[str, float]:
+    """The same of a chunk from which nothing is sampled."""
+    return _rate(work.prefill_gb_s(ms), work.prefill_gflop_s(tokens, ms), ceilings)
+
+
+def _rate(gb_s: float, gflop_s: float, ceilings: Ceilings) -> dict[str, float]:
+    return {
+        "GB/s": round(gb_s, 1), "of_read": round(gb_s / ceilings.read_gb_s, 2),
+        "GFLOP/s": round(gflop_s), "of_dot": round(gflop_s / ceilings.dot_gflop_s, 2),
+    }
+
+
 def _table(report: dict[str, object]) -> str:
     lines = [f"{report['model']} {report['dtype']} on {report['device']}"]
     lines.append("start, seconds: " + "  ".join(f"{k} {v:.2f}" for k, v in report["start_s"].items()))   # type: ignore
+    lines.append("ceilings, measured now: " + "  ".join(f"{v} {k}" for k, v in report["ceilings"].items()))   # type: ignore
     lines.append("milliseconds, median (minimum):")
     for rows, times in report["host_ms"].items():                                                        # type: ignore
+        rate = times.pop("rate")
         spent = "  ".join(f"{name} {ms['median']:.2f} ({ms['min']:.2f})" for name, ms in times.items())
-        lines.append(f"{rows:4} rows: {spent}")
+        lines.append(f"{rows:4} rows: {spent}  {_share(rate)}")
     for rows, programs in report.get("profile_ms", {}).items():                                          # type: ignore
         for program, scopes in programs.items():
             lines.append(f"{rows:4} rows, {program}: {sum(scopes.values()):.2f}")
             lines += [f"{ms:14.3f} {scope}" for scope, ms in list(scopes.items())[:SHOWN_SCOPES_MAX]]
     for tokens, ms in report["device_ms"].items():                                                       # type: ignore
-        rate = tokens / ms["median"] * 1e3
-        lines.append(f"prefill of {tokens:5} tokens: {ms['median']:9.2f} ({ms['min']:.2f}), {rate:.0f} tokens/s")
+        speed = f"{tokens / ms['median'] * 1e3:.0f} tokens/s"
+        lines.append(f"prefill of {tokens:5} tokens: {ms['median']:9.2f} ({ms['min']:.2f}), {speed}  {_share(ms)}")
     lines.append(f"compiled after ready: {report['compiled_after_ready']}")
     return "\n".join(lines)
+
+
+def _share(rate: dict[str, float]) -> str:
+    return f"{rate['GB/s']} GB/s ({rate['of_read']:.0%})  {rate['GFLOP/s']} GFLOP/s ({rate['of_dot']:.0%})"
 
 
 def _options() -> argparse.Namespace:
@@ -228,6 +260,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--quantization", choices=("int8",), default=None)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=30)
