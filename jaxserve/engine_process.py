@@ -20,7 +20,20 @@ import time
 
 from jaxserve.core.errors import CapacityError, ConfigError, JaxserveError, ModelError
 from jaxserve.core.request import EngineRequest, SequenceOutput
-from jaxserve.engine.channel import Abort, EngineEnd, Failed, Outputs, Serving, Shutdown, Start, Status, Submit, Up
+from jaxserve.engine.channel import (
+    Abort,
+    EngineEnd,
+    Failed,
+    Outputs,
+    Profile,
+    Profiled,
+    Serving,
+    Shutdown,
+    Start,
+    Status,
+    Submit,
+    Up,
+)
 from jaxserve.launch import LocalEngine, build_engine
 from jaxserve.logs import configure_logging
 from jaxserve.progress import ConsoleProgress
@@ -92,15 +105,25 @@ def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.S
                         _add(engine, request, outputs)
                 elif isinstance(message, Abort):
                     loop.abort(message.request_ids)
+                elif isinstance(message, Profile):
+                    outbox.put(_profile(engine, message.folder))
                 message = inbox.get_nowait()
         except queue.Empty:
             pass
         if loop.has_work:
-            outputs += loop.step()
+            outputs += engine.step()
         now_s = time.monotonic()
         if outputs or now_s - told_s >= BEAT_S:
             outbox.put(Outputs(tuple(outputs), engine.stats))
             told_s = now_s
+
+
+def _profile(engine: LocalEngine, folder: str | None) -> Profiled:
+    try:
+        engine.profile(folder)
+    except JaxserveError as error:
+        return Profiled(str(error))
+    return Profiled()
 
 
 def _add(engine: LocalEngine, request: EngineRequest, outputs: list[SequenceOutput]) -> None:

@@ -20,7 +20,7 @@ from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import NoProgress, ProgressPort
-from jaxserve.core.request import EngineInfo, EngineStats
+from jaxserve.core.request import EngineInfo, EngineStats, SequenceOutput
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.start_report import StartReport
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from jaxserve.runner.runner import Runner
     from jaxserve.runner.setup import RunnerSetup
+    from jaxserve.runner.trace import Tracer
 
 logger = logging.getLogger("jaxserve.start")
 
@@ -43,10 +44,33 @@ class LocalEngine:
     folder: Path
     report: StartReport
     _progress: ProgressPort = field(default_factory=NoProgress)
+    _tracer: Tracer | None = None
+    _traced: int = 0     # turns in traces
 
     @property
     def stats(self) -> EngineStats:
         return self.loop.stats
+
+    def step(self) -> list[SequenceOutput]:
+        """One turn of the loop; a trace shows it as a step."""
+        if self._tracer is None or not self._tracer.is_running:
+            return self.loop.step()
+        import jax
+
+        self._traced += 1
+        with jax.profiler.StepTraceAnnotation("step", step_num=self._traced):
+            return self.loop.step()
+
+    def profile(self, folder: str | None) -> None:
+        """Starts a trace of the steps into `folder`, or ends it (None). Raises EngineError where it cannot."""
+        from jaxserve.runner.trace import Tracer
+
+        self._tracer = self._tracer or Tracer()
+        if folder is not None:
+            self._tracer.start(Path(folder))
+            return
+        for path in self._tracer.stop(self.runner.executables()):
+            logger.info("a trace of the steps is in %s", path)
 
     def compile_rest(self, on_ready: Callable[[], None] | None = None) -> None:
         """Compiles every other bucket in the background; `on_ready` is called from there at the end."""

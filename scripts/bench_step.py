@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from ceilings import Ceilings, StepWork, measure, step_work
 from step_counts import recorded, write_counts
-from step_profile import Scopes, profiled, scopes_of
+from step_profile import profiled
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import (
@@ -45,6 +45,7 @@ from jaxserve.models.registry import read_spec
 from jaxserve.runner.compile import Executable, Program
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.start import plan_memory
+from jaxserve.runner.trace import Scopes, scopes_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.loader import load_params
 from jaxserve.weights.random import random_params

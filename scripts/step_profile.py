@@ -1,7 +1,6 @@
 """A trace of steps whose names read like the source: `layer_3/attention.qkv/dot_general` instead of `fusion.17`.
 
-jax's trace names what XLA made of a program; which part of the model that came from is in the compiled program. This
-file joins the two, for `bench_step.py --profile FOLDER`, and sums the time by scope.
+For `bench_step.py --profile FOLDER`: traces steps, names their operations and sums the time by scope.
 Invariant: an operation counts only for the time in which none of those it called was running.
 """
 
@@ -11,7 +10,7 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,24 +18,9 @@ from typing import Any
 
 import jax
 
-from jaxserve.runner.compile import Executable
+from jaxserve.runner.trace import Scopes, rename
 
-MODULE = re.compile(r"^HloModule ([\w.-]+)", re.MULTILINE)
-NAMED = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*metadata=\{.*?op_name="([^"]+)"', re.MULTILINE)
 LAYER = re.compile(r"layer_\d+/")
-
-Scopes = dict[tuple[str, str], str]     # by module and operation
-
-
-def scopes_of(executables: Iterable[Executable]) -> Scopes:
-    """Where in the source each operation comes from."""
-    scopes: Scopes = {}
-    for executable in executables:
-        text = executable.as_text() or ""
-        module = MODULE.search(text)
-        if module is not None:
-            scopes |= {(module[1], op): _scope(path) for op, path in NAMED.findall(text)}
-    return scopes
 
 
 def profiled(turn: Callable[[], object], count: int, folder: Path, scopes: Scopes) -> dict[str, dict[str, float]]:
@@ -48,23 +32,13 @@ def profiled(turn: Callable[[], object], count: int, folder: Path, scopes: Scope
                     turn()
         (path,) = Path(raw).rglob("*.trace.json.gz")
         trace = json.loads(gzip.decompress(path.read_bytes()))
-    trace["traceEvents"] = [event for event in trace["traceEvents"] if not event.get("name", "").startswith("end: ")]
-    operations = [event for event in trace["traceEvents"] if "hlo_op" in event.get("args", {})]
-    for event in operations:
-        arguments = event["args"]
-        event["name"] = scopes.get((arguments["hlo_module"], arguments["hlo_op"]), event["name"])
+    operations = rename(trace, scopes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "steps.trace.json.gz").write_bytes(gzip.compress(json.dumps(trace).encode()))
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event, own_us in _own_times(operations):
         sums[event["args"]["hlo_module"].removeprefix("jit_")][LAYER.sub("", event["name"])] += own_us / 1e3 / count
     return {program: dict(sorted(of.items(), key=lambda item: -item[1])) for program, of in sorted(sums.items())}
-
-
-def _scope(path: str) -> str:
-    """`jit(forward_T4)/Decoder/layer_0/mlp.down/dot_general` without what jax puts around it."""
-    parts = [part for part in path.split("/") if not part.startswith("jit(")]
-    return "/".join(parts) or path
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class FrontendConfig:
     enable_log_requests: bool = False
     enable_prompt_tokens_details: bool = False   # usage says how many prompt tokens came from the prefix cache
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    profile: str | None = None                   # folder of traces; None: the profile routes are off
     shutdown_timeout: int = 0                    # seconds to let running requests finish after SIGTERM
 
 

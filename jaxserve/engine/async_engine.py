@@ -12,9 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxserve.core.clock import ClockPort, MonotonicClock
-from jaxserve.core.errors import EngineBusyError, EngineDeadError, EngineNotReadyError
+from jaxserve.core.errors import EngineBusyError, EngineDeadError, EngineNotReadyError, RequestError
 from jaxserve.core.request import EngineInfo, EngineRequest, EngineStats, SequenceOutput
-from jaxserve.engine.channel import Abort, ApiEnd, Down, Failed, Outputs, Phase, Serving, Status, Submit
+from jaxserve.engine.channel import (
+    Abort,
+    ApiEnd,
+    Down,
+    Failed,
+    Outputs,
+    Phase,
+    Profile,
+    Profiled,
+    Serving,
+    Status,
+    Submit,
+)
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -52,6 +64,7 @@ class AsyncEngine:
         self._sinks: dict[str, Sink] = {}
         self._info: EngineInfo | None = None
         self._stats = EngineStats()
+        self._profiled: asyncio.Future[Profiled] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._beat_s = self._clock.now()
@@ -102,6 +115,24 @@ class AsyncEngine:
             self._channel.send(Abort(known))
         self._note_idle()
 
+    async def profile(self, folder: str | None) -> None:
+        """Starts a trace of the steps into `folder`, or ends it (None), and waits until that is done.
+
+        Raises RequestError where the engine cannot, EngineNotReadyError or EngineDeadError where there is none.
+        """
+        self._check_life()
+        if self._profiled is not None:
+            raise RequestError("A profile is being started or stopped right now; try again when that has an answer.")
+        assert self._channel is not None
+        self._profiled = asyncio.get_running_loop().create_future()
+        try:
+            self._channel.send(Profile(folder))
+            answer = await asyncio.shield(self._profiled)
+        finally:
+            self._profiled = None
+        if answer.error:
+            raise RequestError(answer.error)
+
     async def run(self, channel: ApiEnd) -> None:
         """Reads the channel until the engine process is gone; then every live request is failed."""
         self._channel, self.failed = channel, None
@@ -117,6 +148,9 @@ class AsyncEngine:
                 elif isinstance(message, Serving):
                     self._info, self.folder = message.info, message.folder
                     self.serving.set()
+                elif isinstance(message, Profiled):
+                    if self._profiled is not None and not self._profiled.done():
+                        self._profiled.set_result(message)
                 elif isinstance(message, Failed):
                     self.failed, reason = message, message.reason
         finally:
@@ -180,6 +214,8 @@ class AsyncEngine:
     def _die(self, reason: str) -> None:
         self.status.phase, self.status.detail = "dead", reason
         self.serving.clear()
+        if self._profiled is not None and not self._profiled.done():
+            self._profiled.set_exception(EngineDeadError(f"the engine died: {reason}"))
         self._channel = None
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():

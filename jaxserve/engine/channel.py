@@ -45,6 +45,12 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
     request_ids: tuple[str, ...]
 
 
+class Profile(msgspec.Struct, tag="profile", frozen=True):
+    """Trace steps into the folder; None ends the trace."""
+
+    folder: str | None
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
     """Stop now, free the device, exit 0."""
 
@@ -70,6 +76,12 @@ class Outputs(msgspec.Struct, tag="outputs", frozen=True):
     stats: EngineStats
 
 
+class Profiled(msgspec.Struct, tag="profiled", frozen=True):
+    """The answer to one `Profile`; `error` is empty where it was done."""
+
+    error: str = ""
+
+
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """Last frame up: why the engine stops. `is_users` marks errors that no restart mends (flags, model, memory)."""
 
@@ -77,8 +89,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     is_users: bool = False
 
 
-Down = Start | Submit | Abort | Shutdown
-Up = Status | Serving | Outputs | Failed
+Down = Start | Submit | Abort | Profile | Shutdown
+Up = Status | Serving | Outputs | Profiled | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _down = msgspec.msgpack.Decoder(Down)

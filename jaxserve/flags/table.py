@@ -122,6 +122,8 @@ FLAGS: tuple[Flag, ...] = (
          "usage says how many prompt tokens came from the prefix cache"),
     Flag("log-level", "frontend", "text", "least severe records to print",
          choices=("debug", "info", "warning", "error")),
+    Flag("profile", "frontend", "text",
+         "folder for traces of the engine; turns on POST /start_profile and /stop_profile"),
     Flag("shutdown-timeout", "frontend", "int", "seconds that running requests get to finish after SIGTERM",
          low=0, high=86400),
 )

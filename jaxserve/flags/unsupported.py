@@ -114,8 +114,9 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("enable-log-outputs max-log-len log-config-file log-error-stack",
      f"logging texts of requests and answers {_NEVER}; --enable-log-requests logs sizes and parameters"),
     ("enable-per-request-metrics", f"metrics in answers {_LATER_MANY}; /metrics has the totals"),
-    ("otlp-traces-endpoint collect-detailed-traces enable-layerwise-nvtx-tracing profiler-config",
+    ("otlp-traces-endpoint collect-detailed-traces enable-layerwise-nvtx-tracing",
      f"tracing {_LATER}; /metrics has the figures"),
+    ("profiler-config", "is spelt --profile FOLDER here: operations are traced under their names in the source"),
     ("show-hidden-metrics-for-version kv-cache-metrics kv-cache-metrics-sample cudagraph-metrics enable-mfu-metrics "
      "custom-histogram-buckets", f"this choice of metrics {_LATER}; /metrics has the figures"),
 )

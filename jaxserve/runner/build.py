@@ -64,6 +64,13 @@ class ProgramBuilder:
     def is_ready(self) -> bool:
         return self._done.is_set() and self._failure is None
 
+    def executables(self) -> list[Executable]:
+        """Every program so far."""
+        with self._lock:
+            parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
+            places = (self.score, self.sample, self.clear, self._single)
+            return [*parts, *(executable for place in places for executable in place.values())]
+
     @property
     def temporary_bytes(self) -> int:
         """The most scratch memory that any program so far takes while it runs."""

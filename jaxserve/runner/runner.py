@@ -27,7 +27,7 @@ from jaxserve.layers.context import LayerKv
 from jaxserve.runner import rows
 from jaxserve.runner.buckets import Buckets, holder
 from jaxserve.runner.build import ProgramBuilder
-from jaxserve.runner.compile import CompileStats
+from jaxserve.runner.compile import CompileStats, Executable
 from jaxserve.runner.forward import ForwardResult
 from jaxserve.runner.inputs import pack
 from jaxserve.runner.kv_cache import page_index_max
@@ -103,6 +103,10 @@ class Runner:
     @property
     def compile_stats(self) -> CompileStats:
         return self._builder.compiler.stats
+
+    def executables(self) -> list[Executable]:
+        """Every program so far."""
+        return self._builder.executables()
 
     @property
     def is_ready(self) -> bool:

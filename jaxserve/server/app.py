@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from jaxserve.server.auth import Authentication
 from jaxserve.server.errors import install_error_handlers
 from jaxserve.server.middleware import BodyLimit, HttpCounting
-from jaxserve.server.routes import chat, completions, life, models, tokens
+from jaxserve.server.routes import chat, completions, life, models, profile, tokens
 from jaxserve.server.state import ServerState
 from jaxserve.server.stats_log import log_stats
 
@@ -48,6 +48,6 @@ def create_app(state: ServerState) -> FastAPI:
     )
     app.state.server = state
     install_error_handlers(app)
-    for part in (life, chat, completions, models, tokens):
+    for part in (life, chat, completions, models, tokens, profile):
         app.include_router(part.router)
     return app

@@ -44,6 +44,8 @@ class EngineLifePort(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
+    async def profile(self, folder: str | None) -> None: ...
+
 
 def package_version() -> str:
     """The installed version; a source tree that was never installed says so."""

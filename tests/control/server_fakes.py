@@ -35,6 +35,12 @@ class FakeEngine:
 
     status: FakeStatus = field(default_factory=FakeStatus)
     stats: EngineStats = field(default_factory=EngineStats)
+    profiled: list[str | None] = field(default_factory=list)
+
+    async def profile(self, folder: str | None) -> None:
+        if (folder is None) == (self.profiled[-1:] in ([], [None])):
+            raise RequestError("no trace is running: start one first" if folder is None else "a trace is running")
+        self.profiled.append(folder)
 
 
 class FakeTextEngine:

@@ -6,7 +6,8 @@ import json
 import jax
 import jax.numpy as jnp
 
-from scripts.step_profile import _own_times, profiled, scopes_of
+from jaxserve.runner.trace import scopes_of
+from scripts.step_profile import _own_times, profiled
 
 
 def _twice(x):
