@@ -149,8 +149,10 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
 
     from jaxserve.models.precision import compute_dtype
     from jaxserve.sharding.mesh import make_mesh
+    from kernels_pallas.native import api as native
 
     mesh = make_mesh(jax.devices(), config.parallel.tensor_parallel_size)
+    native.prepare()
     dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
     if remark:
         logger.warning("%s", remark)

@@ -47,6 +47,18 @@ def choose(op: str, asked: str | None, refusals: Mapping[str, Callable[[], list[
     )
 
 
+def native_refusals(values: Array, pages: Pages, soft_cap: float | None, tokens: int = 1) -> list[str]:
+    """Why the kernels compiled for this host's CPU cannot work with these arrays here."""
+    from kernels_pallas.native import api as native  # late: it asks for this host
+
+    if hopper.target_kind() != "cpu":
+        return [f"needs a CPU, the target is {hopper.target_kind()!r}"]
+    found = native.attention_refusals(values, pages, soft_cap=soft_cap)
+    if tokens != 1:
+        found.append(f"one token an entry, got {tokens}")
+    return found
+
+
 def triton_refusals(values: Array, pages: Pages, codes: tuple[str, ...] = ()) -> list[str]:
     """Why the Pallas:Triton forms cannot work with these arrays here.
 

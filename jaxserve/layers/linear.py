@@ -14,12 +14,15 @@ from jax.typing import DTypeLike
 
 from jaxserve.quantization.qtensor import QTensor
 from kernels_pallas.lanes import ROWS_MAX, lane_matmul
+from kernels_pallas.native import api as native
 
 
 def matmul(x_TI: Array, weight_OI: Array | QTensor) -> Array:
     """x · weightᵀ in float32."""
     if isinstance(weight_OI, QTensor):
         return weight_OI.matmul(x_TI)
+    if native.serves_dot(weight_OI.dtype, weight_OI.shape[0]) and x_TI.dtype == weight_OI.dtype:
+        return jax.lax.platform_dependent(x_TI, weight_OI, cpu=native.matmul, default=_dot)
     if weight_OI.dtype.itemsize == 2 and x_TI.shape[0] <= ROWS_MAX:
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul, default=_dot)
     return _dot(x_TI, weight_OI)

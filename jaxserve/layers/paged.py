@@ -29,7 +29,7 @@ def attend(
     span: Span,
     soft_cap: float | None = None,
     sink_N: Array | None = None,
-    implementation: str = "xla",
+    implementation: str | None = None,
 ) -> tuple[Array, LayerKv]:
     """Attention output of every token (zero for padding) and the layer's pages with the step's tokens in them.
 

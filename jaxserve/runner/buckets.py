@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import LatentAttention, ModelSpec, MoeMlp
 from kernels_pallas import lanes
+from kernels_pallas.native import api as native
 
 SERVING_TOKENS = 64    # tokens a step while the rest is still being compiled
 EAGER_TOKENS = 64      # below this, --enforce-eager has one bucket for everything
@@ -93,13 +94,13 @@ def smallest_size(spec: ModelSpec, *, itemsize: int, is_cpu: bool, batch_invaria
 
     One row of bfloat16 is a trap of XLA's CPU dots (20-40 times slower), which `kernels_pallas.lanes` avoids for up to
     two rows of a linear layer, and nobody for the products of latent attention and of experts. Lanes add in another
-    order than dots: bit-equal results need sizes beyond them.
+    order than dots: bit-equal results need sizes beyond them. Native products give a row the same bits at every size.
     """
     if batch_invariant and not is_cpu:
         raise ConfigError("batch-invariant: bit-equal results are not built yet for GPUs; leave the flag away")
     if not is_cpu or itemsize != 2:
         return 2
-    if batch_invariant:
+    if batch_invariant and native.refusals():
         return lanes.ROWS_MAX + 1
     if any(isinstance(layer.attention, LatentAttention) or isinstance(layer.mlp, MoeMlp) for layer in spec.layers):
         return 2

@@ -25,6 +25,7 @@ import jaxlib
 from jax.experimental import serialize_executable
 
 from jaxserve.runner.executable_store import ExecutableStore, private_folder
+from kernels_pallas.native import api as native
 
 logger = logging.getLogger("jaxserve.compile")
 
@@ -193,7 +194,7 @@ def _environment(devices: tuple[jax.Device, ...]) -> str:
     flags = sorted((name, value) for name, value in os.environ.items() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     return "\n".join(
         [
-            _source_digest(), jax.__version__, jaxlib.__version__, platform.machine(), _processor(),
+            _source_digest(), native.identity(), jax.__version__, jaxlib.__version__, platform.machine(), _processor(),
             client.platform, client.platform_version, *(f"{device.device_kind}:{device.id}" for device in devices),
             str(flags), str(jax.config.jax_default_matmul_precision), str(jax.config.jax_enable_x64),
         ]

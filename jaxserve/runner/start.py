@@ -84,7 +84,7 @@ def plan_memory(
 
 
 def _tokens_max_default(is_cpu: bool) -> int:
-    return 512 if is_cpu else 8192
+    return 256 if is_cpu else 8192
 
 
 def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple[int, int]:

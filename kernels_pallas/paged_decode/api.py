@@ -26,6 +26,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.paged_decode import triton  # late: jax warns on import that it is deprecated
 
         return triton.paged_decode
+    if name == "native":
+        from kernels_pallas.native import api as native  # late: it compiles for this host
+
+        return native.paged_decode
     return {"xla": xla.paged_decode, "reference": reference.paged_decode}[name]
 
 
@@ -53,7 +57,7 @@ def paged_decode(
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
       tokens: query tokens of every entry, as the step was planned; they share one reading of the context.
-      implementation: "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
+      implementation: "native", "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
@@ -62,6 +66,7 @@ def paged_decode(
         violations.append(f"tokens must be 1 .. {q_TNH.shape[0]}, those of the step, got {tokens}")
     contract.require("paged_decode", violations)
     refusals = {
+        "native": lambda: contract.native_refusals(q_TNH, k_PKSH, soft_cap, tokens),
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, tokens=tokens),

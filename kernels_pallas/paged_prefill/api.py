@@ -27,6 +27,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.paged_prefill import triton  # late: jax warns on import that it is deprecated
 
         return triton.paged_prefill
+    if name == "native":
+        from kernels_pallas.native import api as native  # late: it compiles for this host
+
+        return native.paged_prefill
     return {"xla": xla.paged_prefill, "reference": reference.paged_prefill}[name]
 
 
@@ -52,13 +56,14 @@ def paged_prefill(
       window: a token sees the newest `window` positions, its own included; None sees all.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
-      implementation: "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
+      implementation: "native", "xla", "reference", "mosaic_gpu", "triton", or None for the first of these that serves.
     """
     violations = contract.attention_violations(
         q_TNH, k_PKSH, v_PKSH, page_RM, work, window=window, soft_cap=soft_cap, sink_N=sink_N
     )
     contract.require("paged_prefill", violations)
     refusals = {
+        "native": lambda: contract.native_refusals(q_TNH, k_PKSH, soft_cap),
         "xla": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "reference": lambda: contract.dtype_refusals(q_TNH, k_PKSH),
         "mosaic_gpu": lambda: hopper.refusals(q_TNH, k_PKSH, QUANTIZED_HEAD_DIM_MAX),

@@ -10,6 +10,7 @@ from jaxserve.core.progress import NoProgress
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.start import plan_memory
+from kernels_pallas.native import api as native
 from tests.device.test_runner_engine import run
 from tests.device.tiny import prompt_of, tiny_config, tiny_mesh, tiny_params, tiny_spec
 
@@ -21,8 +22,9 @@ def runner(request, tmp_path_factory):
     config = tiny_config(store=tmp_path_factory.mktemp("store"), pages=18)
     config = replace(config, compilation=replace(config.compilation, batch_invariant=True))
     setup = plan_memory(spec=spec, params=params, mesh=tiny_mesh(), dtype=jnp.dtype(jnp.bfloat16), config=config)
-    assert setup.buckets.tokens[0] == setup.buckets.rows[0] == 3, "lanes must not be met"
-    setup = replace(setup, buckets=Buckets(tokens=(3, 8, 32), rows=(3, 8)))
+    least = 3 if native.refusals() else 1
+    assert setup.buckets.tokens[0] == setup.buckets.rows[0] == least, "lanes must not be met"
+    setup = replace(setup, buckets=Buckets(tokens=(least, 8, 32), rows=(least, 8)))
     runner = Runner.create(setup=setup, params=params)
     runner.compile_serving_set(NoProgress())
     runner.compile_rest(NoProgress())

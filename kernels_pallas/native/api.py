@@ -1,0 +1,124 @@
+"""What the rest sees of the native kernels: whether they serve here, and each as a function of jax arrays.
+
+Invariant: they serve only where the process has one device: XLA's partitioner cannot look into a native call, and would
+gather what it should leave split.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from math import e, inf, log2
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kernels_pallas.native import attend, dot, host
+from kernels_pallas.quantized import Pages, QuantizedPages
+from kernels_pallas.work import AttentionWork
+
+NO_WINDOW = 1 << 30
+LOG2_E = log2(e)
+
+
+@functools.cache
+def refusals() -> tuple[str, ...]:
+    """Why no native kernel serves this process; empty where they do."""
+    found = list(host.refusals())
+    if jax.default_backend() != "cpu":
+        found.append(f"they are for CPUs, the backend is {jax.default_backend()!r}")
+    elif jax.device_count() != 1:
+        found.append(f"they serve one device, there are {jax.device_count()}")
+    return tuple(found)
+
+
+def identity() -> str:
+    """What a compiled program depends on beside its own text; registers the kernels that it may call."""
+    return "" if refusals() else str(sorted(host.native().targets.values()))
+
+
+def prepare() -> None:
+    """Begins to compile in a thread of its own, so that who needs it later waits less."""
+    if not refusals():
+        threading.Thread(target=host.native, name="compile-native", daemon=True).start()
+
+
+def serves_dot(dtype: DTypeLike, width_out: int) -> bool:
+    """Whether `matmul` takes weights of this type and width here."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and width_out >= dot.TILE and not refusals()
+
+
+def matmul(x_TI: Array, weight_OI: Array) -> Array:
+    """x · weightᵀ of bfloat16 in float32, [T, O]; a row gives the same bits beside any others."""
+    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(host.native().targets[dot.NAME], shape)(x_TI, weight_OI)
+
+
+def attention_refusals(q_TNH: Array, k_PKSH: Pages, *, soft_cap: float | None) -> list[str]:
+    """Why neither attention can work with these arrays here."""
+    found = list(refusals())
+    if q_TNH.dtype != jnp.bfloat16:
+        found.append(f"queries must be bfloat16, got {q_TNH.dtype}")
+    if isinstance(k_PKSH, QuantizedPages):
+        return [*found, "no quantised pages"]
+    if k_PKSH.dtype not in (jnp.bfloat16, jnp.uint16):
+        found.append(f"pages must hold bfloat16, got {k_PKSH.dtype}")
+    if q_TNH.shape[-1] not in attend.QUERIES:
+        found.append(f"head dimension {q_TNH.shape[-1]} is none of {', '.join(map(str, attend.QUERIES))}")
+    if k_PKSH.shape[2] % attend.TURN:
+        found.append(f"page size {k_PKSH.shape[2]} is no multiple of {attend.TURN}")
+    if soft_cap is not None:
+        found.append("no soft caps")
+    return found
+
+
+def paged_decode(
+    q_TNH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, work: AttentionWork, *,
+    scale: float, window: int | None, soft_cap: float | None, sink_N: Array | None, tokens: int = 1,
+) -> Array:
+    """See `kernels_pallas.paged_decode.api`."""
+    assert soft_cap is None and tokens == 1, "refused before"
+    size_W = (work.decode_length_W > 0).astype(jnp.int32)
+    with jax.named_scope("paged_decode"):
+        out_TNH = _attend(
+            q_TNH, k_PKSH, v_PKSH, page_RM,
+            (work.decode_token_W, work.decode_row_W, work.decode_length_W - 1, size_W), scale, window, sink_N,
+        )
+        is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < work.decode_count
+        return jnp.where(is_decode_T[:, None, None], out_TNH, 0).astype(q_TNH.dtype)
+
+
+def paged_prefill(
+    q_TNH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, work: AttentionWork, *,
+    scale: float, window: int | None, soft_cap: float | None, sink_N: Array | None,
+) -> Array:
+    """See `kernels_pallas.paged_prefill.api`."""
+    assert soft_cap is None, "refused before"
+    first = jnp.where(work.tile_count > 0, work.tile_token_W[0], q_TNH.shape[0])
+    last = jnp.max(work.tile_token_W + work.tile_size_W)
+    with jax.named_scope("paged_prefill"):
+        out_TNH = _attend(
+            q_TNH, k_PKSH, v_PKSH, page_RM,
+            (work.tile_token_W, work.tile_row_W, work.tile_position_W, work.tile_size_W), scale, window, sink_N,
+        )
+        token_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32)
+        is_tiled_T = (token_T >= first) & (token_T < last)
+        return jnp.where(is_tiled_T[:, None, None], out_TNH, 0).astype(q_TNH.dtype)
+
+
+def _attend(
+    q_TNH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, items: tuple[Array, Array, Array, Array],
+    scale: float, window: int | None, sink_N: Array | None,
+) -> Array:
+    """Float32 [T, N, H]; tokens of no item hold anything.
+
+    Args:
+      items: first token, row, first position and size of each; all int32.
+    """
+    _, N, H = q_TNH.shape
+    settings = jnp.array([NO_WINDOW if window is None else window, N, k_PKSH.shape[2], page_RM.shape[1], H], jnp.int32)
+    sinks_N = jnp.full(N, -inf, jnp.float32) if sink_N is None else sink_N.astype(jnp.float32) * LOG2_E
+    call = jax.ffi.ffi_call(host.native().targets[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32))
+    return call(q_TNH, k_PKSH, v_PKSH, page_RM, *items, settings, jnp.full(1, scale * LOG2_E, jnp.float32), sinks_N)

@@ -1,0 +1,96 @@
+"""IR of sums and powers over AVX-512 registers of 16 float32 lanes, for the kernels to build on."""
+
+from __future__ import annotations
+
+import struct
+from math import factorial, log
+
+LANES = 16
+PAIRS = 32          # bfloat16 numbers of a register, multiplied two by two
+
+DECLARATIONS = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
+declare <16 x float> @llvm.roundeven.v16f32(<16 x float>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+"""
+POWER_TERMS = 7         # of the series of 2^x on [-1/2, 1/2]: the first left out is 1.2e-7 at most
+POWER_MIN = -126.0      # below it float32 has no normal number
+
+
+def indices(values: list[int]) -> str:
+    return f"<{len(values)} x i32> <{', '.join(f'i32 {value}' for value in values)}>"
+
+
+def lane_sums(names: list[str], prefix: str = "fold") -> tuple[str, str]:
+    """IR that adds up the lanes of 16 registers, and the name of the one whose lane j is the sum of the j-th."""
+    lines, step = [], LANES // 2
+    while step:
+        folded = []
+        for first, second in zip(names[:step], names[step:], strict=True):
+            starts = [group * 2 * step + side for group in range(LANES // 2 // step) for side in (0, LANES)]
+            low = [start + lane for start in starts for lane in range(step)]
+            high = [lane + step for lane in low]
+            name = f"%{prefix}{step}_{len(folded)}"
+            lines.append(
+                f"  {name}_l = shufflevector <16 x float> {first}, <16 x float> {second}, {indices(low)}\n"
+                f"  {name}_h = shufflevector <16 x float> {first}, <16 x float> {second}, {indices(high)}\n"
+                f"  {name} = fadd <16 x float> {name}_l, {name}_h"
+            )
+            folded.append(name)
+        names, step = folded, step // 2
+    return "\n".join(lines), names[0]
+
+
+def number(value: float) -> str:
+    """A float32 constant, which LLVM wants as an exact double."""
+    (nearest,) = struct.unpack("<f", struct.pack("<f", value))
+    return f"0x{struct.unpack('<Q', struct.pack('<d', nearest))[0]:016X}"
+
+
+def splat(value: float) -> str:
+    """A register of one constant."""
+    return f"<16 x float> splat (float {number(value)})"
+
+
+def broadcast(name: str, value: str, kind: str = "float") -> str:
+    """IR of a register %name with `value` in every lane."""
+    return (
+        f"  %{name}_lane = insertelement <16 x {kind}> poison, {kind} {value}, i64 0\n"
+        f"  %{name} = shufflevector <16 x {kind}> %{name}_lane, <16 x {kind}> poison, <16 x i32> zeroinitializer"
+    )
+
+
+def dot_pairs(before: str, first: str, second: str) -> str:
+    """The call that adds 32 products, two a lane, to `before` (with its type)."""
+    return (
+        f"call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512({before}, <32 x bfloat> {first}, <32 x bfloat> {second})"
+    )
+
+
+def power_of_two() -> str:
+    """IR of @power(x): 2^x a lane, for x <= 0; what is below 2^-126 becomes that."""
+    series = [log(2) ** n / factorial(n) for n in range(POWER_TERMS)]
+    fma = "call <16 x float> @llvm.fma.v16f32"
+    lines = [f"  %p{POWER_TERMS - 1} = fadd {splat(0.0)}, {splat(series[-1]).removeprefix('<16 x float> ')}"]
+    for n in reversed(range(POWER_TERMS - 1)):
+        lines.append(
+            f"  %p{n} = {fma}(<16 x float> %p{n + 1}, <16 x float> %part, {splat(series[n])})"
+        )
+    return f"""
+define internal <16 x float> @power(<16 x float> %x) alwaysinline {{
+  %low = call <16 x float> @llvm.maxnum.v16f32(<16 x float> %x, {splat(POWER_MIN)})
+  %whole = call <16 x float> @llvm.roundeven.v16f32(<16 x float> %low)
+  %part = fsub <16 x float> %low, %whole
+{chr(10).join(lines)}
+  %exponent = fptosi <16 x float> %whole to <16 x i32>
+  %shifted = shl <16 x i32> %exponent, splat (i32 23)
+  %bits = bitcast <16 x float> %p0 to <16 x i32>
+  %scaled = add <16 x i32> %bits, %shifted
+  %result = bitcast <16 x i32> %scaled to <16 x float>
+  ret <16 x float> %result
+}}
+"""

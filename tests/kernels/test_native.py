@@ -1,0 +1,173 @@
+"""CPU kernels in LLVM IR: exact products, the same bits beside any others, attention like the reference, refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.native import api, attend, host
+from kernels_pallas.paged_decode import paged_decode
+from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.shapes import head_shape
+from tests.kernels.test_attention_ops import OPS, SMOL, P, S, Step, T, make_work, shrunk
+
+here = pytest.mark.skipif(bool(api.refusals()), reason="; ".join(api.refusals()) or "served")
+
+SHAPES = ((1, 16, 1), (1, 17, 31), (2, 40, 32), (3, 50, 33), (4, 96, 100), (5, 33, 64), (7, 960, 576), (33, 100, 96))
+BATCHES = (1, 2, 3, 4, 5, 16, 23)
+
+
+def numbers(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+
+
+@here
+@pytest.mark.parametrize(("tokens", "outs", "width"), SHAPES)
+def test_products_are_as_exact_as_float32_sums(tokens, outs, width):
+    x, weight = numbers((tokens, width)), numbers((outs, width), 1)
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    magnitude = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weight, np.float64)).T
+    got = jax.jit(api.matmul)(x, weight)
+    assert got.dtype == jnp.float32 and got.shape == (tokens, outs)
+    assert (np.abs(got - exact) <= 1e-6 * magnitude).all()
+
+
+@here
+@pytest.mark.parametrize("width", [33, 576])
+def test_a_row_has_the_same_bits_in_a_batch_of_any_size(width):
+    x, weight = numbers((max(BATCHES), width)), numbers((100, width), 1)
+    multiply = jax.jit(api.matmul)
+    rows = np.concatenate([multiply(x[i : i + 1], weight) for i in range(max(BATCHES))])
+    for count in BATCHES:
+        np.testing.assert_array_equal(multiply(x[:count], weight), rows[:count])
+
+
+@here
+def test_non_finite_numbers_stay_in_their_row():
+    x = numbers((6, 64)).at[2, 5].set(jnp.nan).at[4, 63].set(jnp.inf)
+    got = np.asarray(jax.jit(api.matmul)(x, numbers((32, 64), 1)))
+    assert np.isfinite(got[[0, 1, 3, 5]]).all() and np.isnan(got[2]).all() and not np.isfinite(got[4]).any()
+
+
+@here
+def test_many_products_at_once_from_several_threads():
+    from concurrent.futures import ThreadPoolExecutor
+
+    multiply = jax.jit(lambda x, w: api.matmul(api.matmul(x, w).astype(jnp.bfloat16), w))
+    weight = numbers((256, 256), 1)
+    inputs = [numbers((8, 256), seed) for seed in range(8)]
+    expected = [np.asarray(multiply(x, weight)) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            found = pool.map(lambda x: np.asarray(multiply(x, weight)), inputs)
+            for got, wanted in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(got, wanted)
+
+
+@here
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("name", ["smollm2-135m", "gpt-oss-20b-local", "qwen2.5-3b"])
+def test_attention_equals_the_reference_to_its_precision(name, op):
+    shape = head_shape(name)
+    step = Step(shrunk(shape), jnp.bfloat16)
+    np.testing.assert_allclose(step.run(op, "native"), step.run(op, "reference"), rtol=2e-2, atol=2e-2)
+
+
+@here
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dim", sorted(attend.QUERIES))
+def test_every_head_dimension_is_served(dim, op):
+    import dataclasses
+
+    step = Step(dataclasses.replace(SMOL, head_dim=dim, head_count=6, kv_head_count=2), jnp.bfloat16)
+    expected = step.run(op, "reference")
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(step.run(op, "native"), expected, rtol=2e-2, atol=2e-2)
+
+
+@here
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("window", [None, 1, 50])
+def test_unseen_slots_and_padding_change_no_bit(op, window):
+    step = Step(SMOL, jnp.bfloat16)
+    step.options["window"] = window
+    clean = step.run(op, "native")
+    seen = np.zeros((P, S), bool)
+    for row, start, count in step.entries:
+        at = np.arange(max(0, start + 1 - window) if window else 0, start + count)
+        seen[np.asarray(step.page_RM)[row, at // S], at % S] = True
+    poison = jnp.asarray(~seen)[:, None, :, None]
+    k, v = (jnp.where(poison, jnp.nan, x) for x in (step.k_PKSH, step.v_PKSH))
+    q = jnp.where(jnp.arange(T)[:, None, None] < step.token_count, step.q_TNH, jnp.nan)
+    poisoned = step.run(op, "native", q=q, k=k, v=v)
+    np.testing.assert_array_equal(poisoned, clean)
+    assert (poisoned[step.token_count :] == 0).all()
+
+
+@here
+def test_a_later_token_of_the_chunk_is_not_seen_whatever_it_holds():
+    step = Step(SMOL, jnp.bfloat16, entries=((1, 70, 20),), decode_count=0)
+    clean = step.run(paged_prefill, "native")
+    page, slot = int(step.page_RM[1, 85 // S]), 85 % S
+    k, v = (x.at[page, :, slot].set(jnp.nan) for x in (step.k_PKSH, step.v_PKSH))
+    got = step.run(paged_prefill, "native", k=k, v=v)
+    np.testing.assert_array_equal(got[:15], clean[:15])
+    assert np.isnan(got[15:20]).all()
+
+
+@here
+def test_a_decode_has_the_bits_that_a_prompt_chunk_has():
+    decode = Step(SMOL, jnp.bfloat16, entries=((1, 70, 1), (2, 5, 1)), decode_count=2)
+    chunk = Step(SMOL, jnp.bfloat16, entries=((1, 70, 1), (2, 5, 1)), decode_count=0)
+    np.testing.assert_array_equal(chunk.run(paged_prefill, "native"), decode.run(paged_decode, "native"))
+
+
+@here
+def test_an_empty_step_gives_zeros():
+    step = Step(SMOL, jnp.bfloat16)
+    empty = np.zeros(0, np.int32)
+    step.work = make_work(empty, empty, empty, 0)
+    for op in OPS:
+        assert (step.run(op, "native") == 0).all()
+
+
+@here
+def test_what_it_does_not_serve_is_refused_with_reasons():
+    step = Step(SMOL, jnp.float32)
+    with pytest.raises(NotImplementedError, match=r"native: queries must be bfloat16, got float32; pages must hold"):
+        step.run(paged_decode, "native")
+    short = Step(SMOL, jnp.bfloat16)
+    short.options["soft_cap"] = 2.0
+    with pytest.raises(NotImplementedError, match="native: no soft caps"):
+        short.run(paged_prefill, "native")
+    with pytest.raises(NotImplementedError, match="native: one token an entry, got 2"):
+        paged_decode(
+            short.q_TNH, short.k_PKSH, short.v_PKSH, short.page_RM, short.work, scale=1.0, tokens=2,
+            implementation="native",
+        )
+
+
+@pytest.mark.parametrize(("environment", "reason"), [
+    ({host.SWITCH: "off"}, f"{host.SWITCH} is off"),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, "they serve one device, there are 2"),
+])
+def test_xla_serves_where_they_do_not(environment, reason):
+    if importlib.util.find_spec("llvmlite") is None or (api.refusals() and "XLA_FLAGS" in environment):
+        pytest.skip("refused for another reason here")
+    program = (
+        "import jax.numpy as jnp; from kernels_pallas.native import api; from jaxserve.layers.linear import matmul\n"
+        "x = jnp.ones((4, 32), jnp.bfloat16); w = jnp.ones((16, 32), jnp.bfloat16)\n"
+        "print(api.refusals(), api.identity() == '', float(matmul(x, w)[0, 0]))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=100,
+        check=False,
+    )
+    assert reason in found.stdout and "True 32.0" in found.stdout, found.stdout + found.stderr
