@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.model_spec import ModelSpec, MoeMlp
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.core.request import EngineInfo, EngineStats, SequenceOutput
 from jaxserve.engine.loop import EngineLoop
@@ -148,10 +149,15 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
     import jax
 
     from jaxserve.models.precision import compute_dtype
-    from jaxserve.sharding.mesh import make_mesh
+    from jaxserve.sharding.mesh import make_mesh, want_cpu_devices
     from kernels_pallas.native import api as native
 
-    mesh = make_mesh(jax.devices(), config.parallel.tensor_parallel_size)
+    size, has_whole_experts = config.parallel.tensor_parallel_size, config.parallel.enable_expert_parallel
+    if has_whole_experts and not any(isinstance(layer.mlp, MoeMlp) for layer in spec.layers):
+        raise ConfigError(f"enable-expert-parallel: {spec.family} has no experts; leave it away")
+    if size > 1:
+        want_cpu_devices(size)
+    mesh = make_mesh(jax.devices(), size, has_whole_experts=has_whole_experts)
     native.prepare()
     dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
     if remark:

@@ -77,6 +77,7 @@ class ParallelConfig:
     """The mesh."""
 
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False         # each device has some experts whole, not a part of every one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,10 +52,16 @@ Span = Global | SlidingWindow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadNorm:
-    """Queries and keys normalised before they turn: each head for itself, or all heads of a token together."""
+    """Queries and keys normalised before they turn: each head for itself, or all heads of a token together.
+
+    Attributes:
+      query_count, kv_count: heads that "all heads" are, where other devices have some of them.
+    """
 
     norm: Norm
     over: Literal["head", "all heads"]
+    query_count: int | None = None
+    kv_count: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,12 +153,17 @@ class ClampedSwiglu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experts:
-    """Gated MLPs, all of one width."""
+    """Gated MLPs, all of one width.
+
+    Attributes:
+      count_here: of `count` those that one device has, where whole experts are shared out; None: all of them.
+    """
 
     count: int                       # E
     width: int                       # F of one expert
     activation: Activation | ClampedSwiglu = "silu"
     has_bias: bool = False
+    count_here: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ _NEVER = "is not part of jaxserve"
 # Names that share a reason, then the reason. The reference page prints the same lines.
 REASONS: tuple[tuple[str, str], ...] = (
     # parallelism
-    ("pipeline-parallel-size", f"pipeline parallelism {_LATER}; the model must fit one device"),
+    ("pipeline-parallel-size", f"pipeline parallelism {_LATER}; --tensor-parallel-size splits a model over devices"),
     ("data-parallel-size data-parallel-size-local data-parallel-rank data-parallel-start-rank data-parallel-address "
      "data-parallel-rpc-port data-parallel-backend data-parallel-hybrid-lb data-parallel-external-lb "
      "disable-nccl-for-dp-synchronization",
@@ -20,9 +20,9 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("nnodes node-rank master-addr master-port", f"serving one model from several machines {_LATER}"),
     ("decode-context-parallel-size prefill-context-parallel-size dcp-kv-cache-interleave-size "
      "cp-kv-cache-interleave-size", f"splitting one sequence over devices {_LATER}"),
-    ("enable-expert-parallel enable-eplb eplb-config num-redundant-experts expert-placement-strategy all2all-backend "
+    ("enable-eplb eplb-config num-redundant-experts expert-placement-strategy all2all-backend "
      "enable-dbo ubatch-size dbo-decode-token-threshold dbo-prefill-token-threshold",
-     f"expert parallelism {_LATER}; mixture-of-experts models are refused"),
+     f"moving experts between devices {_LATER}; --enable-expert-parallel shares them out evenly"),
     ("distributed-executor-backend worker-cls worker-extension-cls ray-workers-use-nsight "
      "max-parallel-loading-workers disable-custom-all-reduce",
      f"an executor to choose {_NEVER}: one process drives all devices of a machine"),
@@ -128,7 +128,7 @@ SHORT_UNSUPPORTED: dict[str, str] = {
     "-dpr": "data-parallel-start-rank", "-dpl": "data-parallel-size-local", "-dpa": "data-parallel-address",
     "-dpp": "data-parallel-rpc-port", "-dpb": "data-parallel-backend", "-dph": "data-parallel-hybrid-lb",
     "-dpe": "data-parallel-external-lb", "-dcp": "decode-context-parallel-size",
-    "-pcp": "prefill-context-parallel-size", "-ep": "enable-expert-parallel",
+    "-pcp": "prefill-context-parallel-size",
     "-cc": "compilation-config", "-ac": "attention-config", "-asc": "api-server-count",
     "-n": "nnodes", "-r": "node-rank",
 }

@@ -43,11 +43,12 @@ class SelfAttention(nn.Module):
     def setup(self) -> None:
         spec, dtype = self.spec, self.dtype
         q_width, kv_width = spec.head_count * spec.head_dim, spec.kv_head_count * spec.head_dim
-        self.qkv = Linear(self.width, q_width + 2 * kv_width, ("heads", "width"), dtype, spec.has_qkv_bias)
+        self.qkv = Linear(self.width, q_width + 2 * kv_width, ("qkv", "width"), dtype, spec.has_qkv_bias)
         self.out = Linear(q_width, self.width, ("width", "heads"), dtype, spec.has_out_bias)
         if spec.head_norm is not None:
-            self.q_norm = _head_norm(spec.head_norm, spec.head_count, spec.head_dim, dtype)
-            self.k_norm = _head_norm(spec.head_norm, spec.kv_head_count, spec.head_dim, dtype)
+            norm, H = spec.head_norm, spec.head_dim
+            self.q_norm = _head_norm(norm, spec.head_count, norm.query_count, H, "heads", dtype)
+            self.k_norm = _head_norm(norm, spec.kv_head_count, norm.kv_count, H, "kv_heads", dtype)
         if spec.has_sinks:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
             self.sink_N = self.param("sinks", init, (spec.head_count,), dtype)
@@ -81,5 +82,9 @@ class SelfAttention(nn.Module):
             return self.out(out_TNH.astype(self.dtype).reshape(T, N * H)), layer_kv
 
 
-def _head_norm(spec: HeadNorm, heads: int, head_dim: int, dtype: DTypeLike) -> Normalise:
-    return Normalise(spec.norm, head_dim if spec.over == "head" else heads * head_dim, dtype)
+def _head_norm(
+    spec: HeadNorm, heads: int, heads_whole: int | None, head_dim: int, axis: str, dtype: DTypeLike
+) -> Normalise:
+    if spec.over == "head":
+        return Normalise(spec.norm, head_dim, dtype)
+    return Normalise(spec.norm, heads * head_dim, dtype, axis, (heads_whole or heads) * head_dim)

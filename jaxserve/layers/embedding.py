@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.layers.linear import matmul, matrix
 from jaxserve.quantization.qtensor import QTensor
+from jaxserve.sharding import collectives
 
 
 class Vocabulary(nn.Module):
@@ -30,6 +31,14 @@ class Vocabulary(nn.Module):
             self.bias_V = self.param("bias", init, (self.size,), self.dtype)
 
     def embed(self, id_T: Array) -> Array:
+        if collectives.part_count(self.axis) == 1:
+            return self._rows(id_T)
+        id_T = id_T - collectives.part(self.axis) * self.size
+        is_here_T = (id_T >= 0) & (id_T < self.size)
+        x_TD = jnp.where(is_here_T[:, None], self._rows(jnp.where(is_here_T, id_T, 0)), 0)
+        return collectives.total(x_TD, self.axis, self.dtype)
+
+    def _rows(self, id_T: Array) -> Array:
         if isinstance(self.weight_VD, QTensor):
             return self.weight_VD.take(id_T).astype(self.dtype)
         # "clip" spares the compare-and-fill of the default mode; ids are in range.

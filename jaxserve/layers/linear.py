@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxserve.quantization.qtensor import QTensor
+from jaxserve.sharding import collectives
 from kernels_pallas.lanes import ROWS_MAX, lane_matmul
 from kernels_pallas.native import api as native
 
@@ -64,7 +65,7 @@ class Linear(nn.Module):
             self.bias_O = self.param("bias", init, (self.width_out,), self.dtype)
 
     def __call__(self, x_TI: Array) -> Array:
-        y_TO = matmul(x_TI, self.weight_OI)
+        y_TO = collectives.total(matmul(x_TI, self.weight_OI), self.axes[1], self.dtype)
         if self.has_bias:
             y_TO = y_TO + self.bias_O.astype(jnp.float32)
         return y_TO.astype(self.dtype)

@@ -32,7 +32,7 @@ class DenseMlp(nn.Module):
     def setup(self) -> None:
         spec, has_bias, dtype = self.spec, self.spec.has_bias, self.dtype
         if isinstance(spec, GatedMlp):
-            self.gate_up = Linear(self.width, 2 * spec.width, ("mlp", "width"), dtype, has_bias)
+            self.gate_up = Linear(self.width, 2 * spec.width, ("gate_up", "width"), dtype, has_bias)
         else:
             self.up = Linear(self.width, spec.width, ("mlp", "width"), dtype, has_bias)
         self.down = Linear(spec.width, self.width, ("width", "mlp"), dtype, has_bias)

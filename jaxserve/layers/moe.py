@@ -17,11 +17,15 @@ from jax.typing import DTypeLike
 from jaxserve.core.model_spec import ClampedSwiglu, Experts, MoeMlp, Router
 from jaxserve.layers.linear import Linear, matmul
 from jaxserve.layers.mlp import ACTIVATIONS, DenseMlp
+from jaxserve.sharding import collectives
 from kernels_pallas.grouped_matmul import grouped_matmul
 
 
 class MixtureOfExperts(nn.Module):
-    """Rows of `experts_gate_up` [E, 2F, D] are gate, then up. `implementation` is of the grouped products."""
+    """Rows of `experts_gate_up` [E, 2F, D] are gate, then up. `implementation` is of the grouped products.
+
+    Of experts that are split or shared out over devices, each device adds up what it has; one sum joins them.
+    """
 
     spec: MoeMlp
     width: int
@@ -32,16 +36,17 @@ class MixtureOfExperts(nn.Module):
         spec, dtype, E = self.spec, self.dtype, self.spec.experts.count
         F, D = spec.experts.width, self.width
         self.router_ED = self._param("router", (E, D), (None, "width"))
-        self.gate_up_EOD = self._param("experts_gate_up", (E, 2 * F, D), ("experts", "mlp", "width"))
-        self.down_EDF = self._param("experts_down", (E, D, F), ("experts", "width", "mlp"))
+        E_here = spec.experts.count_here or E
+        self.gate_up_EOD = self._param("experts_gate_up", (E_here, 2 * F, D), ("experts", "expert_gate_up", "width"))
+        self.down_EDF = self._param("experts_down", (E_here, D, F), ("experts", "width", "expert_mlp"))
         if spec.router.has_bias:
             self.router_bias_E = self._param("router_bias", (E,), (None,))
         if spec.router.has_correction:
             # Scores differ in the third digit: a bfloat16 correction would change who is chosen.
             self.correction_E = self._param("router_correction", (E,), (None,), jnp.float32)
         if spec.experts.has_bias:
-            self.gate_up_bias_EO = self._param("experts_gate_up_bias", (E, 2 * F), ("experts", "mlp"))
-            self.down_bias_ED = self._param("experts_down_bias", (E, D), ("experts", "width"))
+            self.gate_up_bias_EO = self._param("experts_gate_up_bias", (E_here, 2 * F), ("experts", "expert_gate_up"))
+            self.down_bias_ED = self._param("experts_down_bias", (E_here, D), ("experts", "width"))
         if spec.shared is not None:
             self.shared = DenseMlp(spec.shared, D, dtype)
             if spec.has_shared_gate:
@@ -57,6 +62,7 @@ class MixtureOfExperts(nn.Module):
             expert_TX, weight_TX = route(logits_TE, spec.router, spec.chosen, correction_E)
         with jax.named_scope("moe.experts"):
             out_TD = self._experts(x_TD, expert_TX, weight_TX)
+            out_TD = collectives.total(collectives.total(out_TD, "expert_mlp", self.dtype), "experts", self.dtype)
         if spec.shared is not None:
             with jax.named_scope("moe.shared"):
                 shared_TD = self.shared(x_TD).astype(jnp.float32)
@@ -68,9 +74,14 @@ class MixtureOfExperts(nn.Module):
     def _experts(self, x_TD: Array, expert_TX: Array, weight_TX: Array) -> Array:
         """Float32 sums over the chosen experts."""
         spec, (T, X) = self.spec.experts, expert_TX.shape
+        E = spec.count_here or spec.count
         expert_A = expert_TX.reshape(T * X)
+        if spec.count_here is not None:
+            expert_A = expert_A - collectives.part("experts") * E
+            is_here_A = (expert_A >= 0) & (expert_A < E)
+            expert_A = jnp.where(is_here_A, expert_A, E)    # those of other devices come last and meet no weight
         order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
-        count_E = jnp.zeros(spec.count, jnp.int32).at[expert_A].add(1)
+        count_E = jnp.zeros(E, jnp.int32).at[expert_A].add(1, mode="drop")
         sorted_A = expert_A[order_A]
         multiply = functools.partial(grouped_matmul, count_E=count_E, implementation=self.implementation)
         gate_up_AO = multiply(x_TD[order_A // X], self.gate_up_EOD)
@@ -79,9 +90,15 @@ class MixtureOfExperts(nn.Module):
         hidden_AF = gated(gate_up_AO, spec).astype(self.dtype)
         out_AD = multiply(hidden_AF, self.down_EDF)
         if spec.has_bias:
-            out_AD = out_AD + self.down_bias_ED[sorted_A].astype(jnp.float32)
+            bias_AD = self.down_bias_ED[sorted_A].astype(jnp.float32)
+            if collectives.part_count("expert_mlp") > 1:    # once, not by every part
+                bias_AD = jnp.where(collectives.part("expert_mlp") == 0, bias_AD, 0)
+            out_AD = out_AD + bias_AD
         place_A = jnp.zeros(T * X, jnp.int32).at[order_A].set(jnp.arange(T * X, dtype=jnp.int32))
-        out_TXD = out_AD[place_A].reshape(T, X, -1)
+        out_AD = out_AD[place_A]
+        if spec.count_here is not None:
+            out_AD = jnp.where(is_here_A[:, None], out_AD, 0)
+        out_TXD = out_AD.reshape(T, X, -1)
         return jnp.sum(out_TXD * weight_TX[:, :, None], axis=1)
 
     def _param(

@@ -9,26 +9,33 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from jaxserve.core.model_spec import LayerNorm, Norm, RmsNorm
+from jaxserve.sharding import collectives
 
 
 class Normalise(nn.Module):
-    """The norm that `spec` names, with its weight and, if any, its bias."""
+    """The norm that `spec` names, with its weight and, if any, its bias.
+
+    Attributes:
+      axis: logical name of what is normalised.  width_whole: its width over all devices, where several have parts.
+    """
 
     spec: Norm
     width: int
     dtype: DTypeLike
+    axis: str = "width"
+    width_whole: int | None = None
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("width",))
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
         self.weight_D = self.param("weight", init, (self.width,), self.dtype)
         if isinstance(self.spec, LayerNorm) and self.spec.has_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("width",))
+            init = nn.with_logical_partitioning(nn.initializers.zeros, (self.axis,))
             self.bias_D = self.param("bias", init, (self.width,), self.dtype)
 
     def __call__(self, x_TD: Array) -> Array:
         x32_TD, weight_D = x_TD.astype(jnp.float32), self.weight_D.astype(jnp.float32)
         if isinstance(self.spec, RmsNorm):
-            mean_square_T1 = jnp.mean(jnp.square(x32_TD), axis=-1, keepdims=True)
+            mean_square_T1 = self._mean_square(x32_TD)
             normed_TD = x32_TD * jax.lax.rsqrt(mean_square_T1 + self.spec.epsilon) * (weight_D + self.spec.offset)
         else:
             x32_TD = x32_TD - jnp.mean(x32_TD, axis=-1, keepdims=True)
@@ -37,3 +44,9 @@ class Normalise(nn.Module):
             if self.spec.has_bias:
                 normed_TD = normed_TD + self.bias_D.astype(jnp.float32)
         return normed_TD.astype(self.dtype)
+
+    def _mean_square(self, x_TD: Array) -> Array:
+        if collectives.part_count(self.axis) == 1:
+            return jnp.mean(jnp.square(x_TD), axis=-1, keepdims=True)
+        total_T1 = collectives.total(jnp.sum(jnp.square(x_TD), axis=-1, keepdims=True), self.axis, jnp.float32)
+        return total_T1 / (self.width_whole or self.width)

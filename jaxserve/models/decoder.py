@@ -31,6 +31,7 @@ from jaxserve.layers.norm import Normalise
 from jaxserve.layers.rope import Rotation, rotation
 from jaxserve.quantization import online
 from jaxserve.sharding import rules
+from jaxserve.sharding.split import device_spec
 
 Turns = tuple[Rotation | None, ...]
 
@@ -182,25 +183,42 @@ def abstract_params(
 ) -> dict[str, Any]:
     """The parameter tree as shapes, dtypes and, given a mesh, placements; packed where `quantization` says so.
 
-    It is *the* source for loading, dummy weights, memory planning and compiling. Raises ConfigError where the method
-    does not cover the model.
+    It is *the* source for loading, dummy weights, memory planning and compiling. On several devices an axis holds
+    their parts one after the other (`sharding.split` says of which rows they are made). Raises ConfigError where the
+    method does not cover the model, or the devices cannot share it.
     """
     online.check(spec, quantization)
-    context = StepContext(position_T=jnp.zeros(2, jnp.int32), row_T=None, page_RM=(), work=None)
-    model = Decoder(spec=spec, dtype=dtype, attend=_no_attention)
-    boxed = jax.eval_shape(
-        lambda: model.init(
-            jax.random.key(0), jnp.zeros(2, jnp.int32), (None,) * len(spec.layers), context, method="everything"
-        )
-    )
+    boxed = _boxed_params(spec if mesh is None else device_spec(spec, mesh), dtype)
 
     def place(box: meta.AxisMetadata) -> jax.ShapeDtypeStruct:
         value = box.value
-        sharding = None if mesh is None else rules.sharding(mesh, box.names)
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
+        if mesh is None:
+            return jax.ShapeDtypeStruct(value.shape, value.dtype)
+        shape = rules.joined_shape(mesh, box.names, value.shape)
+        return jax.ShapeDtypeStruct(shape, value.dtype, sharding=rules.sharding(mesh, box.names))
 
-    plain = jax.tree.map(place, boxed["params"], is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    plain = jax.tree.map(place, boxed, is_leaf=_is_box)
     return online.packed(plain, quantization)
+
+
+def logical_axes(spec: ModelSpec) -> list[tuple[str | None, ...]]:
+    """The names of each parameter's axes, in the order of the tree's leaves."""
+    return [box.names for box in jax.tree.leaves(_boxed_params(spec, jnp.float32), is_leaf=_is_box)]
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
+
+
+def _boxed_params(spec: ModelSpec, dtype: DTypeLike) -> Any:
+    """Abstract parameters with the logical names of their axes."""
+    context = StepContext(position_T=jnp.zeros(2, jnp.int32), row_T=None, page_RM=(), work=None)
+    model = Decoder(spec=spec, dtype=dtype, attend=_no_attention)
+    return jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0), jnp.zeros(2, jnp.int32), (None,) * len(spec.layers), context, method="everything"
+        )
+    )["params"]
 
 
 def _no_attention(

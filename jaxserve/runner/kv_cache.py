@@ -14,6 +14,7 @@ from jax import Array
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import RunnerShape
 from jaxserve.layers.context import LayerKv
+from jaxserve.sharding import rules
 
 TABLE_DTYPE = jnp.int32
 
@@ -24,13 +25,18 @@ def page_index_max(shape: RunnerShape) -> int:
 
 
 def abstract_pool(
-    spec: ModelSpec, shape: RunnerShape, dtype: jnp.dtype, sharding: jax.sharding.Sharding
+    spec: ModelSpec, shape: RunnerShape, dtype: jnp.dtype, mesh: jax.sharding.Mesh
 ) -> tuple[LayerKv, ...]:
-    """Keys and values of every layer, in layer order: [P, K, S, H] of its group's page count."""
+    """Keys and values of every layer, in layer order: [P, K, S, H] of its group's page count.
+
+    `spec` is one device's: its kv heads times the devices are K. All devices have the same latent cache.
+    """
     layers: dict[int, LayerKv] = {}
     for group, sizes in zip(spec.kv_groups, shape.groups, strict=True):
+        axes = (None, "kv_heads" if group.has_values else None, None, None)
+        of_device = (sizes.page_count, group.kv_head_count, shape.page_size, group.head_dim)
         page = jax.ShapeDtypeStruct(
-            (sizes.page_count, group.kv_head_count, shape.page_size, group.head_dim), dtype, sharding=sharding
+            rules.joined_shape(mesh, axes, of_device), dtype, sharding=rules.sharding(mesh, axes)
         )
         kv = LayerKv(k_PKSH=page, v_PKSH=page if group.has_values else None)
         layers.update(dict.fromkeys(group.layers, kv))

@@ -109,19 +109,19 @@ def machine_bytes() -> int:
     return min(sizes)
 
 
-def device_budget(device: jax.Device, *, utilization: float) -> Budget:
-    """What may be used of `device`.
+def device_budget(device: jax.Device, *, utilization: float, device_count: int = 1) -> Budget:
+    """What may be used of `device`; devices that are one CPU share its memory.
 
     On a GPU the allocator's own limit is the hard one; the composition root sets it to `utilization` of the total
     before jax starts.
     """
     if device.platform == "cpu":
-        total = machine_bytes()
+        total = machine_bytes() // device_count
         return Budget(
             total_bytes=total,
             budget_bytes=int(total * CPU_BUDGET),
-            reserve_bytes=min(CPU_RESERVE_BYTES, total // 4),
-            pool_bytes_default=min(CPU_POOL_BYTES, total // 4),
+            reserve_bytes=min(CPU_RESERVE_BYTES // device_count, total // 4),
+            pool_bytes_default=min(CPU_POOL_BYTES // device_count, total // 4),
         )
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:

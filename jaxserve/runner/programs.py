@@ -2,6 +2,7 @@
 
 Knows shapes; compiles nothing. Four kinds: forward (begin, the kinds of segments and finish, for each T bucket), sample
 (a B bucket each), score (a T bucket each), and the ones without buckets: reset, admit, admit_slot, clear.
+On several devices each function is what one device does (`shard_map`).
 Invariant: what depends on T does not depend on B, so the programs of every step are |T buckets| + |B buckets|.
 """
 
@@ -44,7 +45,7 @@ class ProgramSet:
         self._end_trees = tuple(jax.tree.structure(end) for end in ends(params))
         self._head_leaves, self._head_tree = jax.tree.flatten(head_params(params, setup.spec))
         self._head_leaves = tuple(self._head_leaves)
-        self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.replicated)
+        self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.mesh)
         self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
         self._rows = self._placed(jax.eval_shape(functools.partial(rows.empty, setup.shape)))
         B = setup.buckets.rows_max
@@ -118,25 +119,30 @@ class ProgramSet:
     def sample(self, count: int) -> Program:
         """One token for each of at most `count` rows."""
         setup = self._setup
-        mode, alternatives = setup.logprobs_mode, setup.shape.alternatives_max
+        mode, alternatives, vocab_size = setup.logprobs_mode, setup.shape.alternatives_max, setup.shape.vocab_size
+        by_samples = jax.ShapeDtypeStruct((setup.mesh.size,), jnp.int32, sharding=setup.by_samples)
         return self._program(
             f"sample_B{count}",
             functools.partial(
-                sample_step, model=self._model, tree=self._head_tree, count=count, alternatives=alternatives, mode=mode
+                sample_step, model=self._model, tree=self._head_tree, count=count, vocab_size=vocab_size,
+                alternatives=alternatives, mode=mode,
             ),
             (self._head_leaves, self._sampling, self._rows),
-            (self._rows, Sampled(0, 0, LOGPROBS)), donated=(2,), closes_over=(mode, alternatives),
+            (self._rows, Sampled(0, 0, Logprobs(*[by_samples] * len(LOGPROBS)))), donated=(2,),    # type: ignore[arg-type]
+            closes_over=(mode, alternatives, vocab_size),
         )
 
     def score(self, tokens: int) -> Program:
         """Logprobs of given next tokens for a step of at most `tokens` tokens."""
         setup = self._setup
-        alternatives = setup.shape.alternatives_max
+        alternatives, vocab_size = setup.shape.alternatives_max, setup.shape.vocab_size
         return self._program(
             f"score_T{tokens}",
-            functools.partial(score_step, model=self._model, tree=self._head_tree, alternatives=alternatives),
+            functools.partial(
+                score_step, model=self._model, tree=self._head_tree, vocab_size=vocab_size, alternatives=alternatives
+            ),
             (self._head_leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
-            LOGPROBS, closes_over=alternatives,
+            LOGPROBS, closes_over=(alternatives, vocab_size),
         )
 
     def admit(self) -> Program:
@@ -171,9 +177,10 @@ class ProgramSet:
         self, name: str, function: Any, arguments: tuple[Any, ...], results: Any, *,
         donated: tuple[int, ...] = (), closes_over: object = None,
     ) -> Program:
+        placements = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self._setup.replicated, results)
         return Program(
-            name=name, function=function, arguments=arguments, donated=donated,
-            results=jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self._setup.replicated, results),
+            name=name, function=on_each_device(function, self._setup.mesh, arguments, placements),
+            arguments=arguments, donated=donated, results=placements,
             identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {closes_over!r}",
         )
 
@@ -192,6 +199,17 @@ class ProgramSet:
         return jax.tree.map(lambda leaf: self._array(*leaf.shape, dtype=leaf.dtype), tree)
 
 
+def on_each_device(function: Any, mesh: jax.sharding.Mesh, arguments: Any, placements: Any) -> Any:
+    """`function`, written for one device, as a function of arrays that lie on all of the mesh."""
+    if mesh.size == 1:
+        return function
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+    # What is whole on every device is computed by each alike; that is not for jax to prove.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(lambda leaf: leaf.spec, placements), check_vma=False
+    )
+
+
 def _on_tree(function: Any, tree: Any, leaves: Any, *arguments: Any, **closed_over: Any) -> Any:
     """`function` of a parameter tree, as a function of its leaves."""
     return function(jax.tree.unflatten(tree, leaves), *arguments, **closed_over)
@@ -208,5 +226,7 @@ def _clear(kv: tuple[LayerKv, ...], page_U: jax.Array, *, layers: tuple[int, ...
 
 
 def _reset(*, kv: Any, tables: Any, shape: RunnerShape) -> tuple[tuple[LayerKv, ...], tuple[jax.Array, ...], RowState]:
-    kv, tables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (kv, tables))
+    kv, tables = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), (kv, tables)
+    )
     return kv, tables, rows.empty(shape)

@@ -19,6 +19,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.runner.forward import Sampling
 from jaxserve.runner.row_state import RowState, advance
 from jaxserve.runner.sampling import Logprobs, LogprobsMode, Sampled, logprobs, no_logprobs, sample_rows
+from jaxserve.sharding import collectives
 
 SCORE_ROWS = 64     # positions scored at once: their logits are the program's largest temporary
 
@@ -37,25 +38,43 @@ def sample_step(
     model: Decoder,
     tree: Any,
     count: int,
+    vocab_size: int,
     alternatives: int,
     mode: LogprobsMode,
 ) -> tuple[RowState, Sampled]:
-    """Samples one token for each of the first `count` rows of `step`; leaves and tree are those of `head_params`."""
-    row_B, position_B = step.row_B[:count], step.position_B[:count]
-    logits_BV = _logits(model, tree, leaves, step.hidden_BD[:count])
-    sampled = sample_rows(logits_BV, rows, row_B, position_B, mode=mode, alternatives=alternatives)
+    """Samples one token for each of the first `count` rows of `step`; leaves and tree are those of `head_params`.
+
+    Several devices share out the rows: all know every token, each the logprobs of its own.
+    """
+    row_count = rows.last_token_R.shape[0]
+    row_B = collectives.padded_rows(step.row_B[:count], "samples", row_count)
+    position_B = collectives.padded_rows(step.position_B[:count], "samples")
+    logits_BV = _logits(model, tree, leaves, step.hidden_BD[:count], vocab_size)
+    own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
+    sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
+    sampled = _told_to_all(sampled)
     return advance(rows, row_B, sampled.token_B), sampled
 
 
+def _told_to_all(sampled: Sampled) -> Sampled:
+    """With the tokens of every device's rows; one message tells both, for a token's complement is negative."""
+    if collectives.part_count("samples") == 1:
+        return sampled
+    told_B = collectives.all_rows(jnp.where(sampled.is_finite_B, sampled.token_B, ~sampled.token_B), "samples")
+    return sampled._replace(token_B=jnp.maximum(told_B, ~told_B), is_finite_B=told_B >= 0)
+
+
 def score_step(
-    leaves: Sequence[Array], hidden_TD: Array, target_T: Array, *, model: Decoder, tree: Any, alternatives: int
+    leaves: Sequence[Array], hidden_TD: Array, target_T: Array, *, model: Decoder, tree: Any, vocab_size: int,
+    alternatives: int,
 ) -> Logprobs:
     """Logprobs of `target_T` after each packed position; slabs without a target (-1) cost nothing and give zeros.
 
     Works in slabs of SCORE_ROWS positions: the logits of a whole chunk at once would dwarf the rest of the step.
     """
     tokens, width = hidden_TD.shape
-    slab = min(SCORE_ROWS, tokens)
+    devices = collectives.part_count("samples")
+    slab = -(-min(SCORE_ROWS, tokens) // devices) * devices
     slabs = -(-tokens // slab)
     padding = slabs * slab - tokens
     hidden_ZBD = jnp.pad(hidden_TD, ((0, padding), (0, 0))).reshape(slabs, slab, width)
@@ -63,15 +82,20 @@ def score_step(
 
     def score(of: tuple[Array, Array]) -> Logprobs:
         hidden_BD, target_B = of
-        return jax.lax.cond(
+        own_target_B = collectives.own_rows(jnp.maximum(target_B, 0), "samples")
+        found = jax.lax.cond(
             (target_B >= 0).any(),
-            lambda: logprobs(_logits(model, tree, leaves, hidden_BD), jnp.maximum(target_B, 0), alternatives),
-            lambda: no_logprobs(slab, alternatives),
+            lambda: logprobs(_logits(model, tree, leaves, hidden_BD, vocab_size), own_target_B, alternatives),
+            lambda: no_logprobs(slab // devices, alternatives),
         )
+        return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found)
 
     scored = jax.lax.map(score, (hidden_ZBD, target_ZB))
     return jax.tree.map(lambda array: array.reshape(slabs * slab, *array.shape[2:])[:tokens], scored)
 
 
-def _logits(model: Decoder, tree: Any, leaves: Sequence[Array], hidden_BD: Array) -> Array:
-    return model.apply({"params": jax.tree.unflatten(tree, leaves)}, hidden_BD, method="logits")
+def _logits(model: Decoder, tree: Any, leaves: Sequence[Array], hidden_BD: Array, vocab_size: int) -> Array:
+    """Whole logits of the rows that are this device's: no device holds those of all rows."""
+    hidden_BD = collectives.padded_rows(hidden_BD, "samples")
+    logits_BV = model.apply({"params": jax.tree.unflatten(tree, leaves)}, hidden_BD, method="logits")
+    return collectives.rows_of_columns(logits_BV, "vocab", "samples")[:, :vocab_size]

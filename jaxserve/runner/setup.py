@@ -16,6 +16,7 @@ from jaxserve.core.plan import RunnerShape
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.executable_store import ExecutableStore
 from jaxserve.runner.memory import MemoryTable
+from jaxserve.sharding import rules
 
 LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"]
 
@@ -23,6 +24,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerSetup:
     """Attributes:
+    spec: the model that one device computes: of several, each has a part of the heads, the mlp and the vocabulary.
     whole_prompts: prompts are never split (`--no-enable-chunked-prefill`): the largest step is needed at once.
     samples_max: most samples of a step where drafts are verified; None: one a row.
     store: where compiled programs outlive the process, if anywhere.
@@ -43,6 +45,11 @@ class RunnerSetup:
     def replicated(self) -> jax.sharding.Sharding:
         """One copy on every device of the mesh."""
         return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+
+    @property
+    def by_samples(self) -> jax.sharding.Sharding:
+        """Rows that sample, shared out."""
+        return rules.sharding(self.mesh, ("samples",))
 
     @property
     def experts(self) -> str:

@@ -30,6 +30,7 @@ from jaxserve.runner.kv_cache import abstract_tables
 from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import RunnerSetup
+from jaxserve.sharding.split import device_spec
 
 logger = logging.getLogger("jaxserve.start")
 
@@ -44,13 +45,15 @@ def plan_memory(
     """Settles every size of a runner.
 
     Args:
+      spec: the whole model.
       params: the parameter tree, abstract (ShapeDtypeStruct) or real.
       dtype: of activations and KV pages.
     Raises:
       ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
     """
-    device = mesh.devices.flat[0]
-    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization)
+    device, vocab_size = mesh.devices.flat[0], spec.vocab_size
+    spec = device_spec(spec, mesh)
+    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=mesh.size)
     is_cpu = device.platform == "cpu"
     row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
     size_min = smallest_size(
@@ -62,8 +65,8 @@ def plan_memory(
         is_eager=config.compilation.enforce_eager,
     )
     setup = _setup(
-        spec=spec, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count, samples_max=samples_max,
-        buckets=buckets(tokens_max=tokens_max),
+        spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
+        samples_max=samples_max, buckets=buckets(tokens_max=tokens_max),
         store=_store(config.compilation.compilation_cache_dir), budget=budget,
     )
     # On the CPU temporaries are malloc'd as they come, out of the reserve.
@@ -132,8 +135,8 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
 
 
 def _setup(
-    *, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig, row_count: int,
-    samples_max: int | None, buckets: Buckets, store: ExecutableStore | None, budget: Budget,
+    *, spec: ModelSpec, vocab_size: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
+    row_count: int, samples_max: int | None, buckets: Buckets, store: ExecutableStore | None, budget: Budget,
 ) -> RunnerSetup:
     """A setup of final sizes except for the pool, which is provisional."""
     alternatives = config.model.max_logprobs
@@ -143,9 +146,9 @@ def _setup(
         groups=tuple(KvGroupShape(page_count=0, window=group.window) for group in spec.kv_groups),
         length_max=0,
         slot_count=min(row_count, SHAPING_SLOTS_MAX),
-        vocab_size=spec.vocab_size,
+        vocab_size=vocab_size,
         rope_switch=spec.rope_switch,
-        alternatives_max=spec.vocab_size if alternatives == -1 else min(alternatives, spec.vocab_size),
+        alternatives_max=vocab_size if alternatives == -1 else min(alternatives, vocab_size),
     )
     length = config.model.max_model_len or spec.context_length
     return RunnerSetup(

@@ -27,10 +27,12 @@ from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
 from jaxserve.quantization import int8, online
+from jaxserve.sharding.split import Runs
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.folder import LoadFormat, read_folder
 from jaxserve.weights.mxfp4 import with_decoded
 from jaxserve.weights.rules import Assembly, match
+from jaxserve.weights.shards import HostArray, Index, layouts, read_shard
 
 ALIGNMENT = 64          # XLA on the CPU adopts host memory that is aligned so, and copies other memory
 HUGE_BYTES_MIN = 4 << 20
@@ -38,8 +40,6 @@ THREADS_MAX = 8
 CHUNK_BYTES = 1 << 20   # copied, then checked while still in the cache
 
 Source = TypeVar("Source")
-HostArray = np.ndarray[Any, np.dtype[Any]]
-Index = tuple[slice, ...]
 
 
 def load_params(
@@ -59,26 +59,33 @@ def load_params(
     ]
     total = sum(assembly.abstract.size * assembly.abstract.dtype.itemsize for assembly in assemblies)
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
-        return place(abstract, assemblies, lambda assembly, index: read_slice(assembly, index, advance))
+        return place(
+            abstract, layouts(spec, mesh), assemblies, lambda assembly, index: read_slice(assembly, index, advance)
+        )
 
 
 def place(
-    abstract: Any, sources: Iterable[Source], read: Callable[[Source, Index], HostArray]
+    abstract: Any, layouts_: Iterable[tuple[Runs, ...]], sources: Iterable[Source],
+    read: Callable[[Source, Index], HostArray],
 ) -> dict[str, Any]:
     """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time.
 
-    A packed leaf is made of the rows of its plain matrix.
+    `read` gives slices of the whole parameter, which a layout makes a device's slice of. A packed leaf is made of the
+    rows of its plain matrix.
     """
     leaves, tree = jax.tree.flatten(abstract, is_leaf=online.is_packed)
 
-    def make(leaf: jax.ShapeDtypeStruct | int8.Int8Tensor, source: Source) -> Any:
+    def make(leaf: jax.ShapeDtypeStruct | int8.Int8Tensor, layout: tuple[Runs, ...], source: Source) -> Any:
+        def shard(index: Index) -> HostArray:
+            return read_shard(layout, index, lambda whole: read(source, whole), aligned_empty)
+
         if isinstance(leaf, int8.Int8Tensor):
-            return int8.make(leaf, lambda rows: read(source, (rows, slice(None))), aligned_empty)
-        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: read(source, index))
+            return int8.make(leaf, lambda rows: shard((rows, slice(None))), aligned_empty)
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
         return array.block_until_ready()       # frees the host slice before the next one is assembled
 
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="weights") as pool:
-        futures = [pool.submit(make, leaf, source) for leaf, source in zip(leaves, sources, strict=True)]
+        futures = [pool.submit(make, *of_leaf) for of_leaf in zip(leaves, layouts_, sources, strict=True)]
         try:
             return jax.tree.unflatten(tree, [future.result() for future in futures])
         except BaseException:

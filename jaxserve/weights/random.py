@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.models.decoder import abstract_params
 from jaxserve.quantization import online
-from jaxserve.weights.loader import HostArray, Index, aligned_empty, place
+from jaxserve.weights.loader import aligned_empty, place
 from jaxserve.weights.rules import parameter_path
+from jaxserve.weights.shards import HostArray, Index, layouts
 
 POOL_SIZE = 4_194_301    # a prime: rows of no usual width repeat in step with it
 DEVIATION = 0.02         # what models are initialised with
@@ -32,7 +33,7 @@ def random_params(
     pool = (np.random.default_rng(seed).standard_normal(POOL_SIZE, np.float32) * DEVIATION).astype(dtype)
     plain = jax.tree_util.tree_leaves_with_path(abstract_params(spec, dtype))
     leaves = [(parameter_path(path), leaf) for path, leaf in plain]
-    return place(abstract, leaves, lambda named, index: _read(pool, *named, index))
+    return place(abstract, layouts(spec, mesh), leaves, lambda named, index: _read(pool, *named, index))
 
 
 def _read(pool: HostArray, path: str, leaf: jax.ShapeDtypeStruct, index: Index) -> HostArray:

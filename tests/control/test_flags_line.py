@@ -147,8 +147,8 @@ def test_json_whole_and_by_entry() -> None:
         ("--uds /s --host x", "host has no effect with uds"),
         ("--skip-tokenizer-init --tokenizer t", "tokenizer has no effect with skip-tokenizer-init"),
         ("--skip-tokenizer-init --chat-template t", "chat-template has no effect with skip-tokenizer-init"),
-        ("--tensor-parallel-size 2", "tensor-parallel-size 2: tensor parallelism is not built yet; use 1"),
-        ("-tp=4", "tensor-parallel-size 4"),
+        ("--tensor-parallel-size 0", "tensor-parallel-size must be"),
+        ("-tp=5000", "tensor-parallel-size must be"),
         ("--block-size 24", "block-size must be a power of two, got 24; use 16"),
         ("--max-num-seqs 64 --max-num-batched-tokens 32", "max-num-batched-tokens 32 is less than max-num-seqs 64"),
         ("--generation-config nowhere", "generation-config must be auto, vllm or a folder"),
@@ -193,7 +193,7 @@ def test_offline_arguments() -> None:
         ({"enable_lora": True}, "enable_lora: LoRA is not built yet"),
         ({"max_model_len": True}, "max-model-len must be a whole number, got True"),
         ({"dtype": 32}, "dtype must be a text, got 32"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism is not built yet"),
+        ({"tensor_parallel_size": 0}, "tensor-parallel-size must be"),
     ],
 )
 def test_offline_refusals(options: dict[str, object], message: str) -> None:

@@ -59,7 +59,7 @@ def test_short_flags_of_vllm_are_refused_by_their_long_name(short: str) -> None:
 def test_dotted_and_negated_forms_are_refused_as_well() -> None:
     with pytest.raises(ConfigError, match=r"^--compilation-config: "):
         parse_serve_args(["m", "--compilation-config.mode", "3"])
-    with pytest.raises(ConfigError, match=r"^--no-enable-dbo: expert parallelism"):
+    with pytest.raises(ConfigError, match=r"^--no-enable-dbo: moving experts"):
         parse_serve_args(["m", "--no-enable-dbo"])
 
 

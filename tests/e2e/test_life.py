@@ -153,7 +153,7 @@ def test_a_killed_server_takes_its_engine_along(serve, tiny_llama):
 @pytest.mark.parametrize(("flags", "words"), [
     (("--model", "m", "--blocksize", "16"), ("blocksize", "block-size")),
     (("--model", "m", "--block-size", "0"), ("block-size", "0")),
-    (("--model", "m", "--tensor-parallel-size", "2"), ("tensor-parallel-size",)),
+    (("--model", "m", "--tensor-parallel-size", "0"), ("tensor-parallel-size",)),
     (("--model", "m", "--enable-lora"), ("enable-lora",)),
     (("--model", "m", "--port", "many"), ("port", "many")),
     (("--config", "nowhere.yaml"), ("nowhere.yaml",)),

@@ -1,0 +1,98 @@
+"""Run as a script on eight CPU devices: what an engine answers, keeps and sends at a tensor-parallel size.
+
+    python sharded_engine.py '{"folder": …, "sizes": [1, 2], "whole_experts": false, "is_counted": true}'
+
+Prints one JSON object: for each size the tokens, logprobs, bytes a device, and with `is_counted` the collectives of
+each program.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.core.model_spec import LatentAttention
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+SHAPED = SamplingParams(
+    temperature=0.9, top_p=0.9, top_k=40, min_p=0.01, seed=5, max_tokens=12, ignore_eos=True, detokenize=False,
+    presence_penalty=0.5, repetition_penalty=1.2, logit_bias={7: 2.0}, logprobs=3, prompt_logprobs=2,
+)
+COLLECTIVE = re.compile(r"= \S.*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+
+
+def measure(folder: Path, size: int, *, whole_experts: bool, is_counted: bool) -> dict[str, Any]:
+    prompts = [
+        {"prompt_token_ids": case["prompt_token_ids"]}
+        for case in json.loads((folder / "reference.json").read_text())["cases"]
+    ]
+    with tempfile.TemporaryDirectory() as store, LLM(
+        str(folder), max_num_seqs=6, max_num_batched_tokens=16, block_size=8, kv_cache_memory_bytes="1M",
+        enforce_eager=True, skip_tokenizer_init=True, dtype="float32", compilation_cache_dir=store,
+        tensor_parallel_size=size, enable_expert_parallel=whole_experts,
+    ) as llm:
+        greedy = llm.generate(prompts + prompts[::-1], GREEDY, use_tqdm=False)
+        shaped = llm.generate(prompts, SHAPED, use_tqdm=False)
+        runner = llm._engine.runner
+        setup, leaves = runner._setup, runner._leaves
+        return {
+            "tokens": [list(answer.outputs[0].token_ids) for answer in greedy],
+            "shaped": [list(answer.outputs[0].token_ids) for answer in shaped],
+            "logprobs": [
+                entry.logprob for answer in shaped for step in (answer.outputs[0].logprobs + answer.prompt_logprobs[1:])
+                for entry in step.values()
+            ],
+            "weight_bytes": held(leaves.begin, leaves.segments, leaves.finish, runner._head_leaves),
+            "planned_bytes": setup.memory.weight_bytes,
+            "page_bytes": held(runner._state.kv) // max(1, setup.shape.groups[0].page_count),
+            "planned_page_bytes": setup.memory.page_bytes,
+            "is_latent": isinstance(setup.spec.layers[0].attention, LatentAttention),
+            "collectives": collectives(runner) if is_counted else {},
+        }
+
+
+def held(*trees: Any) -> int:
+    """Bytes of these arrays on one device, each array once."""
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}.values()
+    assert all(len({shard.data.shape for shard in array.addressable_shards}) == 1 for array in arrays)
+    return sum(array.addressable_shards[0].data.nbytes for array in arrays)
+
+
+def collectives(runner: Any) -> dict[str, dict[str, int]]:
+    """Program kind -> collective -> how many; the layers' kinds are summed over the calls of a step."""
+    built, found = runner._builder, {}
+    tokens, rows = built.token_buckets[-1], built.row_buckets[-1]
+    forward = built.forward[tokens]
+    found["begin"], found["finish"] = count(forward.begin), count(forward.finish)
+    layers: Counter[str] = Counter()
+    for segment in forward.segments:
+        layers.update(count(forward.run_layers[segment.kind]))
+    found["layers"], found["sample"] = dict(layers), count(built.sample[rows])
+    return found
+
+
+def count(executable: Any) -> dict[str, int]:
+    return dict(Counter(COLLECTIVE.findall(executable.as_text())))
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.devices()
+    task = json.loads(sys.argv[1])
+    print(json.dumps({
+        size: measure(
+            Path(task["folder"]), size, whole_experts=task["whole_experts"] and size > 1, is_counted=task["is_counted"]
+        ) for size in task["sizes"]
+    }))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Where a model is cut, as arithmetic: every row of the whole is on some device, only kv heads are on several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from jaxserve.core.errors import ConfigError
+from jaxserve.core.model_spec import Experts, GatedMlp, ModelSpec, MoeMlp, Router
+from jaxserve.models.decoder import abstract_params
+from jaxserve.sharding.split import Run, device_spec, runs, split_heads
+from jaxserve.weights.shards import layouts, read_shard
+from tests.device.tiny import tiny_spec
+
+
+def mesh_of(size: int, *, whole_experts: bool = False) -> AbstractMesh:
+    """Devices that are only counted."""
+    return AbstractMesh((1, 1, size) if whole_experts else (1, size, 1), ("data", "model", "expert"))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3), (16, 2), (8, 8), (64, 8), (5, 1), (14, 2), (12, 6)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_every_query_head_is_on_one_device_beside_its_kv_head(heads, kv_heads, count):
+    devices = split_heads(heads, kv_heads, count)
+    assert len({(len(queries), len(mine)) for queries, mine in devices}) == 1, "all devices compute the same shapes"
+    there = [head for queries, _ in devices for head in queries if head is not None]
+    assert sorted(there) == list(range(heads))
+    for queries, mine in devices:
+        group = len(queries) // len(mine)
+        assert group * len(mine) == len(queries)
+        for place, head in enumerate(queries):
+            assert head is None or mine[place // group] == head // (heads // kv_heads)
+    held = -(-kv_heads // count)
+    assert all(len(mine) == held for _, mine in devices), "1/min(N, kv heads) of the cache, rounded up"
+
+
+def test_fused_rows_are_laid_out_device_by_device():
+    spec = tiny_spec()      # 4 query and 2 kv heads of 16
+    layer = spec.layers[0]
+    assert runs("qkv", 128, layer, mesh_of(2)) == (
+        Run(0, 32), Run(64, 16), Run(96, 16), Run(32, 32), Run(80, 16), Run(112, 16)
+    )
+    copies = runs("qkv", 128, layer, mesh_of(4))
+    assert [run.start for run in copies] == [0, 64, 96, 16, 64, 96, 32, 80, 112, 48, 80, 112]
+    assert runs("gate_up", 10, layer, mesh_of(2)) == (
+        Run(0, 3), Run(5, 3), Run(3, 2), Run(None, 1), Run(8, 2), Run(None, 1)
+    )
+    assert runs("vocab", 97, None, mesh_of(4)) == (Run(0, 97), Run(None, 3))
+    assert runs("width", 32, layer, mesh_of(4)) == (Run(0, 32),)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+def test_layouts_fit_the_tree_and_name_every_row(size):
+    spec, mesh = tiny_spec(), mesh_of(size)
+    whole, parts = (abstract_params(spec, jnp.float32, of) for of in (None, mesh))
+    for layout, plain, joined in zip(layouts(spec, mesh), jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        for of_axis, plain_size, joined_size in zip(layout, plain.shape, joined.shape, strict=True):
+            assert sum(run.count for run in of_axis) == joined_size
+            rows = {row for run in of_axis if run.start is not None for row in range(run.start, run.start + run.count)}
+            assert rows == set(range(plain_size))
+
+
+def test_a_shard_is_gathered_and_filled_up_with_zeros():
+    whole = np.arange(20.0).reshape(10, 2)
+    layout = (runs("gate_up", 10, None, mesh_of(2)), (Run(0, 2),))
+
+    def read(start: int, stop: int) -> list[float]:
+        index = (slice(start, stop), slice(1, 2))
+        return read_shard(layout, index, lambda of: whole[of], np.empty)[:, 0].tolist()
+
+    assert read(0, 6) == [1, 3, 5, 11, 13, 15]
+    assert read(6, 12) == [7, 9, 0, 17, 19, 0]
+    assert read(8, 9) == [0]
+    assert read(9, 11) == [17, 19]
+
+
+def moe_spec(count: int) -> ModelSpec:
+    spec = tiny_spec()
+    mlp = MoeMlp(experts=Experts(count=count, width=6), router=Router(), chosen=2, shared=GatedMlp(width=10))
+    return replace(spec, layers=tuple(replace(layer, mlp=mlp) for layer in spec.layers))
+
+
+def test_experts_are_split_or_shared_out():
+    split, shared_out = (device_spec(moe_spec(6), mesh_of(3, whole_experts=whole)).layers[0].mlp for whole in (0, 1))
+    assert (split.experts.width, split.experts.count_here, split.shared.width) == (2, None, 4)
+    assert (shared_out.experts.width, shared_out.experts.count_here, shared_out.shared.width) == (6, 2, 4)
+    with pytest.raises(ConfigError, match="enable-expert-parallel: 6 experts cannot be shared out evenly to 4 devices"):
+        device_spec(moe_spec(6), mesh_of(4, whole_experts=True))
+
+
+def test_weights_of_a_device_fall_with_their_number():
+    """But for norms and routers, which all have."""
+    sizes = [device_bytes(moe_spec(8), count) for count in (1, 2, 4)]
+    norms = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(tiny_spec(), jnp.float32)) if leaf.ndim == 1) * 4
+    routers = 2 * 8 * 32 * 4
+    for fewer, more in pairwise(sizes):
+        assert (fewer - norms - routers) / 2 <= more - norms - routers <= 0.56 * (fewer - norms - routers)
+
+
+def device_bytes(spec: ModelSpec, size: int) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * 4
+        for leaf in jax.tree.leaves(abstract_params(spec, jnp.float32, mesh_of(size)))
+    )
