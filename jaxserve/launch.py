@@ -23,13 +23,14 @@ from jaxserve.core.model_spec import ModelSpec, MoeMlp
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.core.request import EngineInfo, EngineStats, SequenceOutput
 from jaxserve.engine.loop import EngineLoop
-from jaxserve.start_report import StartReport
+from jaxserve.engine.speculation import ModelSpeculation
+from jaxserve.start_report import StartReport, size
 
 if TYPE_CHECKING:
     import jax
 
     from jaxserve.runner.runner import Runner
-    from jaxserve.runner.setup import RunnerSetup
+    from jaxserve.runner.setup import DraftSetup, RunnerSetup
     from jaxserve.runner.trace import Tracer
 
 logger = logging.getLogger("jaxserve.start")
@@ -108,21 +109,29 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
             config.model.model, revision=config.model.revision, token=config.model.hf_token,
             download_dir=config.load.download_dir, load_format=config.load.load_format,
         )
+        drafting = _draft_folder(config)
     with _phase(progress, seconds, "loading", "load"):
         from jaxserve.models.registry import read_spec
 
         spec = read_spec(folder, config.model.hf_overrides)
         mesh, dtype = _place(config, spec)
-        setup = _plan(config, spec, mesh, dtype)
+        draft = None if drafting is None else _draft(config, spec, folder, drafting)
+        setup = _plan(config, spec, mesh, dtype, draft)
         params = _params(config, spec, folder, mesh, dtype, progress)
+        draft_params = None
+        if draft is not None and drafting is not None:
+            draft_params = _params(config, draft.spec, drafting, mesh, dtype, progress)
     with _phase(progress, seconds, "compiling", "compile"):
         from jaxserve.runner.runner import Runner
 
-        runner = Runner.create(setup=setup, params=params)
-        del params
+        runner = Runner.create(setup=setup, params=params, draft_params=draft_params)
+        del params, draft_params
         runner.compile_serving_set(progress)
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
-    loop = EngineLoop(runner, config=scheduler, cache=config.cache, clock=MonotonicClock())
+    loop = EngineLoop(
+        runner, config=scheduler, cache=config.cache, clock=MonotonicClock(),
+        speculation=_speculation(config, runner) if drafting is not None else None,
+    )
     report = _report(config, spec, setup, runner, dtype, seconds)
     return LocalEngine(
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
@@ -165,12 +174,51 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
     return mesh, dtype
 
 
-def _plan(config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str) -> RunnerSetup:
+def _draft_folder(config: EngineConfig) -> Path | None:
+    """Where the draft model is, if one drafts."""
+    from jaxserve.weights.source import locate
+
+    speculative = config.scheduler.speculative_config
+    if speculative is None or speculative.model is None:
+        return None
+    return locate(
+        speculative.model, revision=None, token=config.model.hf_token, download_dir=config.load.download_dir,
+        load_format=config.load.load_format,
+    )
+
+
+def _draft(config: EngineConfig, spec: ModelSpec, folder: Path, draft_folder: Path) -> DraftSetup:
+    from jaxserve.models.draft import check_draft
+    from jaxserve.models.registry import read_spec
+    from jaxserve.runner.setup import DraftSetup
+
+    assert config.scheduler.speculative_config is not None
+    draft = read_spec(draft_folder)
+    check_draft(spec, draft, folder=folder, draft_folder=draft_folder)
+    return DraftSetup(spec=draft, tokens_max=config.scheduler.speculative_config.num_speculative_tokens)
+
+
+def _speculation(config: EngineConfig, runner: Runner) -> ModelSpeculation:
+    assert config.scheduler.speculative_config is not None
+    return ModelSpeculation(config.scheduler.speculative_config, runner)
+
+
+def _plan(
+    config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str, draft: DraftSetup | None
+) -> RunnerSetup:
     from jaxserve.models.decoder import abstract_params
+    from jaxserve.models.draft import check_length
     from jaxserve.runner.start import plan_memory
 
     params = abstract_params(spec, dtype, mesh, config.model.quantization)
-    return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config)
+    if draft is None:
+        return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config)
+    draft_params = abstract_params(draft.spec, dtype, mesh, config.model.quantization)
+    setup = plan_memory(
+        spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, draft=draft, draft_params=draft_params
+    )
+    check_length(draft.spec, setup.shape.length_max)
+    return setup
 
 
 def _params(
@@ -223,5 +271,22 @@ def _report(
         row_count=setup.shape.row_count, tokens_max=buckets.tokens_max,
         buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
         compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest in the background",
-        seconds=seconds,
+        draft="" if setup.draft is None else _draft_line(config, setup, dtype), seconds=seconds,
+    )
+
+
+def _draft_line(config: EngineConfig, setup: RunnerSetup, dtype: str) -> str:
+    """The draft model and what it takes, for people."""
+    import jax
+
+    from jaxserve.models.decoder import abstract_params
+
+    assert setup.draft is not None and config.scheduler.speculative_config is not None
+    spec, shape = setup.draft.spec, setup.shape
+    leaves = jax.tree.leaves(abstract_params(spec, dtype, quantization=config.model.quantization))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    pages = shape.groups[0].page_count * spec.kv_groups[0].page_bytes(shape.page_size, setup.dtype.itemsize)
+    return (
+        f"{config.scheduler.speculative_config.model} ({spec.family}, {len(spec.layers)} layers): "
+        f"{size(weights)} of the weights, {size(pages)} of the KV pages"
     )

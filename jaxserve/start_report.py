@@ -30,6 +30,7 @@ class StartReport:
     tokens_max: int
     buckets: str
     compiled: str
+    draft: str = ""                             # the draft model and its share of weights and pages
     seconds: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
@@ -40,6 +41,7 @@ class StartReport:
             ("weights", size(self.weight_bytes)),
             ("step temporaries", size(self.temporary_bytes)),
             *((name, f"{size(count)}: {sizes}") for name, count, sizes in self.pools),
+            *([("draft model", self.draft)] if self.draft else []),
             ("maximum concurrency", f"{self.concurrency:.1f} sequences of {self.max_model_len:,} tokens"),
             ("a step holds", f"up to {self.tokens_max:,} tokens of up to {self.row_count} sequences"),
             ("buckets", self.buckets),

@@ -50,8 +50,10 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeculativeConfig:
-    """Drafts from the sequence's own text (`method: ngram`)."""
+    """Drafts from the sequence's own text (`ngram`), or from a second, smaller model (`draft_model`)."""
 
+    method: Literal["ngram", "draft_model"] = "ngram"
+    model: str | None = None                     # the draft model's folder or hub name
     num_speculative_tokens: int                  # most tokens of a draft
     prompt_lookup_max: int = 5                   # longest and shortest n-gram that is looked for
     prompt_lookup_min: int = 5

@@ -124,6 +124,28 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DraftPlan:
+    """What a draft model is asked for: `count_N` tokens after `token_N`, the last known one, at position `start_N`.
+
+    `pages` are the new pages of its rows; the step that verifies the draft brings them again.
+    """
+
+    row_N: I32
+    start_N: I32
+    token_N: I32
+    count_N: I32
+    pages: PageUpdates
+
+
+class DraftPort(Protocol):
+    """Who drafts on the device."""
+
+    def draft(self, plan: DraftPlan) -> I32:
+        """Tokens [N, most tokens of a draft], zeros past an entry's count. Waits. Raises StepAllocationError."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobArrays:
     """Logprobs of n tokens with up to X alternatives, sorted, most likely first."""
 

@@ -6,6 +6,8 @@ scheduler's. Invariant: budgets never go below zero; no sequence is in it twice.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from jaxserve.core.plan import I32, PageUpdates, RowAdmission, StepLimits, StepPlan
@@ -113,7 +115,7 @@ class Draft:
             score_target_T=score_target_T,
             decode_count=decode_count,
             admissions=tuple(_admission(s) for s in self.admitted),
-            page_updates=self._page_updates(sequences[0]),
+            page_updates=self.page_updates(sequences),
             draft_A=np.array([0] * decode_count + drafted + [0] * len(self.chunks), np.int32) if drafting else None,
         )
         for sequence, draft in self.drafts.items():
@@ -124,17 +126,18 @@ class Draft:
             sequence.in_flight += 1
         return plan, sequences
 
-    def _page_updates(self, any_sequence: Sequence) -> tuple[PageUpdates, ...]:
-        """New pages of sequences that had a row already, for each KV group."""
+    def page_updates(self, sequences: Collection[Sequence]) -> tuple[PageUpdates, ...]:
+        """New pages of those of `sequences` that had a row already, for each KV group."""
         updates = []
-        for group in range(len(any_sequence.tables)):
-            if not self.grown:
+        grown = {sequence: first for sequence, first in self.grown.items() if sequence in sequences}
+        for group in range(len(next(iter(sequences)).tables) if sequences else 1):
+            if not grown:
                 updates.append(PageUpdates(row_U=_NONE, index_U=_NONE, page_U=_NONE))
                 continue
             rows: list[int] = []
             indices: list[int] = []
             pages: list[int] = []
-            for sequence, first in self.grown.items():
+            for sequence, first in grown.items():
                 new = sequence.tables[group][first:]
                 rows += [sequence.row] * len(new)
                 indices += range(first, first + len(new))

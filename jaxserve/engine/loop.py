@@ -134,10 +134,12 @@ class EngineLoop:
         """One turn: plans and launches the next step, then commits the one that was in flight."""
         outputs, self._outputs = self._outputs, []
         start = perf_counter()
-        planned = self._scheduler.plan(self._runner.limits(), self._clock.now())
-        planned_at = launched_at = landed_at = perf_counter()
-        touched: list[Sequence] = planned[1] if planned else []
+        planned_at = launched_at = landed_at = start
+        touched: list[Sequence] = []
         try:
+            planned = self._scheduler.plan(self._runner.limits(), self._clock.now())    # a draft model computes here
+            planned_at = launched_at = landed_at = perf_counter()
+            touched = planned[1] if planned else []
             launched = None if planned is None else _Launched(*planned, self._runner.launch(planned[0]), planned_at)
             launched_at = perf_counter()
             if self._config.async_scheduling:

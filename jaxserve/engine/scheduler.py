@@ -20,7 +20,7 @@ from jaxserve.engine.chunk_budget import ChunkBudget
 from jaxserve.engine.draft import Draft
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.sequence import Sequence
-from jaxserve.engine.speculation import Speculation
+from jaxserve.engine.speculation import ModelSpeculation, Speculation
 from jaxserve.engine.stats import Counters
 
 SKIPS_MAX = 64   # waiting sequences passed over in one plan (they wait for a prefix or a slot); bounds its cost
@@ -107,6 +107,8 @@ class Scheduler:
                 draft.tokens -= count
                 draft.samples -= count
                 drafts[sequence] = tokens
+        if isinstance(speculation, ModelSpeculation):
+            drafts = speculation.write(drafts, draft.page_updates(drafts)[0])
         draft.add_drafts(drafts)
 
     def _choose_decodes(self, draft: Draft) -> list[Sequence]:

@@ -1,4 +1,4 @@
-"""What a sequence may say next, guessed from its own text: drafts that a step verifies. Numpy only, no model.
+"""What a sequence may say next, guessed from its own text or by a second model: drafts that a step verifies.
 
 Knows tokens and how earlier drafts fared; no budget, no page, no step. A draft that is wrong costs time, never a wrong
 token: the step samples at every drafted position and keeps the samples up to the first that differs.
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxserve.core.config import SpeculativeConfig
-from jaxserve.core.plan import I32
+from jaxserve.core.plan import I32, DraftPlan, DraftPort, PageUpdates
 from jaxserve.engine.sequence import Sequence
 
 MEMORY = 0.7        # weight of the past in a sequence's trust
@@ -40,6 +40,34 @@ class Speculation(Protocol):
         ...
 
 
+class ModelSpeculation:
+    """A second, smaller model drafts. `propose` says how many tokens it would be asked for; `write` asks for them."""
+
+    def __init__(self, config: SpeculativeConfig, port: DraftPort) -> None:
+        self.tokens_max = config.num_speculative_tokens
+        self._port = port
+
+    def propose(self, sequence: Sequence) -> I32:
+        return np.zeros(_length(sequence, self.tokens_max), np.int32)
+
+    def learn(self, sequence: Sequence, *, drafted: int, accepted: int) -> None:
+        _learn(sequence, drafted=drafted, accepted=accepted)
+
+    def write(self, drafts: dict[Sequence, I32], pages: PageUpdates) -> dict[Sequence, I32]:
+        """The drafts' tokens, as many of each as `drafts` has; their sequences hold the pages to compute them."""
+        if not drafts:
+            return {}
+        count_N = np.array([draft.shape[0] for draft in drafts.values()], np.int32)
+        plan = DraftPlan(
+            row_N=np.array([sequence.row for sequence in drafts], np.int32),
+            start_N=np.array([sequence.planned for sequence in drafts], np.int32),
+            token_N=np.array([sequence.token_ids[sequence.planned] for sequence in drafts], np.int32),
+            count_N=count_N, pages=pages,
+        )
+        token_NI = self._port.draft(plan)
+        return {s: token_NI[entry, : count_N[entry]] for entry, s in enumerate(drafts)}
+
+
 class NgramSpeculation:
     """Continues the sequence as it went on after the newest earlier place that ends alike (prompt lookup)."""
 
@@ -48,14 +76,25 @@ class NgramSpeculation:
         self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
 
     def propose(self, sequence: Sequence) -> I32:
-        if sequence.trust < TRUST_MIN and sequence.known < sequence.probe_at:
+        count = _length(sequence, self.tokens_max)
+        if not count:
             return _NONE
-        count = max(1, round(self.tokens_max * sequence.trust))
         return lookup(sequence.token_ids[: sequence.known], count, shortest=self._shortest, longest=self._longest)
 
     def learn(self, sequence: Sequence, *, drafted: int, accepted: int) -> None:
-        sequence.trust = MEMORY * sequence.trust + (1 - MEMORY) * accepted / drafted
-        sequence.probe_at = sequence.known + PROBE_TOKENS
+        _learn(sequence, drafted=drafted, accepted=accepted)
+
+
+def _length(sequence: Sequence, tokens_max: int) -> int:
+    """Tokens to draft: fewer where the sequence's drafts came to little, and none between two probes."""
+    if sequence.trust < TRUST_MIN and sequence.known < sequence.probe_at:
+        return 0
+    return max(1, round(tokens_max * sequence.trust))
+
+
+def _learn(sequence: Sequence, *, drafted: int, accepted: int) -> None:
+    sequence.trust = MEMORY * sequence.trust + (1 - MEMORY) * accepted / drafted
+    sequence.probe_at = sequence.known + PROBE_TOKENS
 
 
 def lookup(token_K: I32, count: int, *, shortest: int, longest: int) -> I32:

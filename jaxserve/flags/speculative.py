@@ -20,13 +20,14 @@ def speculative_config(raw: Mapping[str, Any]) -> SpeculativeConfig:
     method = raw.get("method")
     if method is None:
         raise ConfigError('speculative-config needs a method: {"method": "ngram", "num_speculative_tokens": 4}')
+    if method == "draft_model":
+        return _draft_model(raw)
     if method != "ngram":
-        raise ConfigError(f"speculative-config: method {method!r} is not built yet; use ngram")
+        raise ConfigError(f"speculative-config: method {method!r} is not built yet; use ngram or draft_model")
     for key in raw.keys() - {"method", *_BOUNDS}:
         raise ConfigError(f"speculative-config has no key {key!r} for ngram; the keys are method, {', '.join(_BOUNDS)}")
     values = {key: _whole(key, raw[key]) for key in _BOUNDS if raw.get(key) is not None}
-    if "num_speculative_tokens" not in values:
-        raise ConfigError(f"speculative-config needs num_speculative_tokens, in [1, {TOKENS_MAX}]")
+    _check_count(values)
     longest = values.get("prompt_lookup_max", values.get("prompt_lookup_min", NGRAM))
     shortest = values.get("prompt_lookup_min", longest)
     if shortest > longest:
@@ -36,6 +37,23 @@ def speculative_config(raw: Mapping[str, Any]) -> SpeculativeConfig:
     return SpeculativeConfig(
         num_speculative_tokens=values["num_speculative_tokens"], prompt_lookup_max=longest, prompt_lookup_min=shortest
     )
+
+
+def _draft_model(raw: Mapping[str, Any]) -> SpeculativeConfig:
+    keys = ("method", "model", "num_speculative_tokens")
+    for key in raw.keys() - set(keys):
+        raise ConfigError(f"speculative-config has no key {key!r} for draft_model; the keys are {', '.join(keys)}")
+    model = raw.get("model")
+    if not isinstance(model, str) or not model:
+        raise ConfigError(f"speculative-config: draft_model needs a model, a folder or a hub name, got {model!r}")
+    values = {key: _whole(key, raw[key]) for key in ("num_speculative_tokens",) if raw.get(key) is not None}
+    _check_count(values)
+    return SpeculativeConfig(method="draft_model", model=model, **values)
+
+
+def _check_count(values: Mapping[str, int]) -> None:
+    if "num_speculative_tokens" not in values:
+        raise ConfigError(f"speculative-config needs num_speculative_tokens, in [1, {TOKENS_MAX}]")
 
 
 def _whole(key: str, value: Any) -> int:

@@ -96,7 +96,8 @@ FLAGS: tuple[Flag, ...] = (
          low=0, high=_BIG),
     Flag("speculative-config", "scheduler", "json",
          'speculative decoding: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 5, '
-         '"prompt_lookup_min": 2}', nothing=("none",), short="-sc"),
+         '"prompt_lookup_min": 2} or {"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 4}',
+         nothing=("none",), short="-sc"),
     Flag("itl-target-ms", "scheduler", "float",
          "milliseconds between two tokens of a stream: prompt chunks shrink to it. Default: prompts fill the steps",
          low=1, high=60_000),

@@ -70,7 +70,8 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("stream-interval", f"streaming several tokens at once {_LATER}: every token is streamed"),
     ("watermark scheduler-reserve-full-isl num-lookahead-slots num-scheduler-steps scheduler-cls",
      f"this knob of vLLM's scheduler {_NEVER}; see --help=scheduler for ours"),
-    ("spec-model spec-tokens", "is a key of --speculative-config here, and a draft model is not built yet; use ngram"),
+    ("spec-model spec-tokens",
+     'is spelt --speculative-config here: {"method": "draft_model", "model": ..., "num_speculative_tokens": ...}'),
     # compilation
     ("compilation-config cudagraph-capture-sizes cuda-graph-sizes max-cudagraph-capture-size max-seq-len-to-capture "
      "optimization-level device",

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from jaxserve.core.errors import EngineError
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.runner.compile import Compiler, Executable, Program
+from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.host_memory import give_back
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.segments import StepForward
@@ -31,8 +32,8 @@ Job = tuple[dict[int, Executable], int, Program]     # where the executable goes
 class ProgramBuilder:
     """The executables of one runner. Mutable: they appear one by one, from several threads."""
 
-    def __init__(self, setup: RunnerSetup, programs: ProgramSet) -> None:
-        self._setup, self._programs = setup, programs
+    def __init__(self, setup: RunnerSetup, programs: ProgramSet, draft: DraftModel | None = None) -> None:
+        self._setup, self._programs, self._draft = setup, programs, draft
         self.compiler = Compiler(setup.store, setup.devices)
         self.forward: dict[int, StepForward] = {}
         self._forward_parts: dict[int, dict[int, Executable]] = {}      # by T bucket, in the order of the programs
@@ -68,7 +69,9 @@ class ProgramBuilder:
         """Every program so far."""
         with self._lock:
             parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
-            places = (self.score, self.sample, self.clear, self._single)
+            places = [self.score, self.sample, self.clear, self._single]
+            if self._draft is not None:
+                places += [self._draft.follow, self._draft.write, self._draft.single]
             return [*parts, *(executable for place in places for executable in place.values())]
 
     @property
@@ -77,6 +80,8 @@ class ProgramBuilder:
         with self._lock:
             parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
             built = [*parts, *self.sample.values(), *self.score.values()]
+            if self._draft is not None:
+                built += [*self._draft.follow.values(), *self._draft.write.values()]
         return max((temporary_bytes(executable) for executable in built), default=0)
 
     def build_serving_set(self, progress: ProgressPort) -> None:
@@ -85,6 +90,8 @@ class ProgramBuilder:
         jobs: list[Job] = [(self._single, 0, programs.reset()), (self._single, 1, programs.admit())]
         jobs.append((self._single, 2, programs.admit_slot()))
         jobs += [(self.clear, group, programs.clear(group)) for group in range(len(self._setup.shape.groups))]
+        if self._draft is not None:
+            jobs += [(self._draft.single, place, job) for place, job in enumerate(self._draft.single_programs())]
         buckets = self._setup.buckets.serving(whole_prompts=self._setup.whole_prompts)
         jobs += self._jobs(buckets.tokens, buckets.rows)
         jobs.sort(key=lambda job: not job[2].name.startswith("forward"))   # the longest first
@@ -139,7 +146,15 @@ class ProgramBuilder:
             parts = self._forward_parts[size] = {}
             jobs += [(parts, place, program) for place, program in enumerate(programs.forward(size))]
             jobs.append((self.score, size, programs.score(size)))
+            if self._draft is not None:
+                jobs.append((self._draft.follow, size, self._draft.follow_program(size)))
         jobs += [(self.sample, size, programs.sample(size)) for size in rows]
+        if self._draft is not None:
+            writing = set(tokens) & set(self._draft.write_buckets)
+            if not self._draft.write:     # to serve with: holds as many rows as there can be
+                writing.add(self._draft.write_buckets[-1])
+            writing -= self._draft.write.keys()
+            jobs += [(self._draft.write, size, self._draft.write_program(size)) for size in sorted(writing)]
         return jobs
 
     def _run(self, jobs: list[Job], advance: Callable[[int], None], *, threads: int) -> None:
@@ -152,7 +167,7 @@ class ProgramBuilder:
             with self._lock:
                 place[key] = executable
                 self._join_forwards()
-                self.token_buckets = tuple(sorted(self.forward.keys() & self.score.keys()))
+                self.token_buckets = tuple(sorted(size for size in self.forward if self._is_whole(size)))
                 self.row_buckets = tuple(sorted(self.sample))
             advance(1)
 
@@ -160,6 +175,10 @@ class ProgramBuilder:
             for future in [pool.submit(build, job) for job in jobs]:
                 future.result()
 
+
+    def _is_whole(self, tokens: int) -> bool:
+        """Whether all that a step of this bucket may need is there, besides its forward."""
+        return tokens in self.score and (self._draft is None or tokens in self._draft.follow)
 
     def _join_forwards(self) -> None:
         """Forwards all of whose programs are there."""

@@ -134,6 +134,7 @@ def device_budget(device: jax.Device, *, utilization: float, device_count: int =
 def grant_pages(
     *,
     spec: ModelSpec,
+    draft: ModelSpec | None = None,
     budget: Budget,
     weight_bytes: int,
     temporary_bytes: int,
@@ -148,6 +149,7 @@ def grant_pages(
     """Sizes the KV pool and, where it is not given, the longest sequence.
 
     Args:
+      draft: a model that drafts: the same pages, with its keys and values behind the served model's.
       tokens_max: tokens of the largest step.
       length_wanted: --max-model-len; None is as long as the model and the pool allow.
       pool_bytes_wanted: --kv-cache-memory-bytes; None is by device.
@@ -156,6 +158,9 @@ def grant_pages(
         budget=budget, weight_bytes=weight_bytes, temporary_bytes=temporary_bytes, state_bytes=state_bytes,
         groups=group_pages(spec.kv_groups, page_size, itemsize), page_size=page_size,
     )
+    if draft is not None:
+        more = draft.kv_groups[0].page_bytes(page_size, itemsize)
+        table = replace(table, groups=tuple(replace(g, page_bytes=g.page_bytes + more) for g in table.groups))
     if pool_bytes_wanted is not None:
         pool_bytes = pool_bytes_wanted
     elif budget.pool_bytes_default is not None:

@@ -21,13 +21,23 @@ from jax import Array
 from numpy.typing import NDArray
 
 from jaxserve.core.errors import EngineError, StepAllocationError
-from jaxserve.core.plan import I32, LogprobArrays, RunnerShape, RunnerStats, StepLimits, StepPlan, StepResult
+from jaxserve.core.plan import (
+    I32,
+    DraftPlan,
+    LogprobArrays,
+    RunnerShape,
+    RunnerStats,
+    StepLimits,
+    StepPlan,
+    StepResult,
+)
 from jaxserve.core.progress import ProgressPort
 from jaxserve.layers.context import LayerKv
 from jaxserve.runner import rows
 from jaxserve.runner.buckets import Buckets, holder
 from jaxserve.runner.build import ProgramBuilder
 from jaxserve.runner.compile import CompileStats, Executable
+from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.forward import ForwardResult
 from jaxserve.runner.inputs import pack
 from jaxserve.runner.kv_cache import page_index_max
@@ -63,20 +73,23 @@ class DeviceState:
 class Runner:
     """`RunnerPort` on jax devices. Mutable: device state, which rows want logprobs, compiled programs."""
 
-    def __init__(self, setup: RunnerSetup, params: Any) -> None:
+    def __init__(self, setup: RunnerSetup, params: Any, draft_params: Any = None) -> None:
         self._setup = setup
         self._programs = ProgramSet(setup, params)
         self._leaves = leaves_of(params, self._programs.segments)
         self._head_leaves = tuple(jax.tree.leaves(head_params(params, setup.spec)))
-        self._builder = ProgramBuilder(setup, self._programs)
+        self._draft = None
+        if setup.draft is not None:
+            self._draft = DraftModel(setup, setup.draft.spec, draft_params, setup.draft.tokens_max)
+        self._builder = ProgramBuilder(setup, self._programs, self._draft)
         self._wants_logprobs_R = np.zeros(setup.shape.row_count, bool)
         self._state: DeviceState | None = None
         self.last_launch = LaunchTiming()
 
     @classmethod
-    def create(cls, *, setup: RunnerSetup, params: Any) -> Runner:
-        """A runner with nothing compiled yet; `params` are the model's, placed on the mesh of `setup`."""
-        return cls(setup, params)
+    def create(cls, *, setup: RunnerSetup, params: Any, draft_params: Any = None) -> Runner:
+        """A runner with nothing compiled yet; parameters are the models', placed on the mesh of `setup`."""
+        return cls(setup, params, draft_params)
 
     # Start-up.
 
@@ -149,7 +162,7 @@ class Runner:
             wants_logprobs = bool(self._wants_logprobs_R[plan.row_A[plan.samples_A]].any())
             packed = pack(plan, self._programs.layout(tokens))
             packed_s = perf_counter()
-            forward = self._forward(tokens, packed)
+            forward = self._forward(tokens, packed, plan)
             sampled = scored = None
             if plan.sample_count:
                 bucket = holder(built.row_buckets, plan.sample_count)
@@ -175,18 +188,32 @@ class Runner:
             with translated_errors():
                 state = self._live()
                 state.kv = self._builder.clear[group](state.kv, page_U)
+                if self._draft is not None:
+                    self._draft.clear_pages(page_U)
 
     def rebuild(self) -> None:
         self._state = None      # the pool must be gone before its successor is allocated: two do not fit
         self._wants_logprobs_R[:] = False
         with translated_errors():
             self._state = DeviceState(*self._builder.reset())
+            if self._draft is not None:
+                self._draft.reset()
+
+    def draft(self, plan: DraftPlan) -> I32:
+        """See `DraftPort`; for a setup with a draft model."""
+        assert self._draft is not None
+        _check_bounds("row", plan.row_N, self.shape.row_count)
+        _check_bounds("position", plan.start_N + plan.count_N, self.shape.length_max)
+        with translated_errors():
+            return self._draft.draft(plan, self._live().page_RM, tuple(sorted(self._draft.write)))
 
     def close(self) -> None:
         """Stops compiling and lets go of the device's memory."""
         self._builder.close()
         self._state = None
         self._leaves, self._head_leaves = Leaves(), ()
+        if self._draft is not None:
+            self._draft.close()
 
     def _run_once(self) -> None:
         """A step of nothing but padding: a program that cannot run must fail the start, not the first request."""
@@ -198,12 +225,16 @@ class Runner:
         tokens, count = self._builder.token_buckets[0], self._builder.row_buckets[0]
         with translated_errors():
             state, layout = self._live(), self._programs.layout(tokens)
-            forward = self._forward(tokens, pack(empty, layout))
+            forward = self._forward(tokens, pack(empty, layout), empty)
             state.rows, sampled = self._builder.sample[count](self._head_leaves, forward.sampling, state.rows)
             jax.block_until_ready((sampled, self._score(tokens, forward, empty)))
 
-    def _forward(self, tokens: int, packed: I32) -> ForwardResult:
+    def _forward(self, tokens: int, packed: I32, plan: StepPlan) -> ForwardResult:
         state = self._live()
+        if self._draft is not None:
+            self._draft.follow_plan(
+                plan, tokens, packed, state.page_RM, state.rows.last_token_R, state.rows.settings.is_long_R
+            )
         # A numpy argument is transferred by the call itself, in a third of the time that device_put takes.
         forward = self._builder.forward[tokens](
             self._leaves, state.kv, state.page_RM, state.rows.last_token_R, state.rows.settings.is_long_R, packed

@@ -22,11 +22,20 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DraftSetup:
+    """A model that drafts at most `tokens_max` tokens for the served one."""
+
+    spec: ModelSpec
+    tokens_max: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunnerSetup:
     """Attributes:
     spec: the model that one device computes: of several, each has a part of the heads, the mlp and the vocabulary.
     whole_prompts: prompts are never split (`--no-enable-chunked-prefill`): the largest step is needed at once.
     samples_max: most samples of a step where drafts are verified; None: one a row.
+    draft: the model that drafts, if one does.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -39,6 +48,7 @@ class RunnerSetup:
     logprobs_mode: LogprobsMode = "raw_logprobs"
     whole_prompts: bool = False
     samples_max: int | None = None
+    draft: DraftSetup | None = None
     store: ExecutableStore | None = None
 
     @property

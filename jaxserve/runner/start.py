@@ -25,11 +25,12 @@ from jaxserve.runner import rows
 from jaxserve.runner.buckets import Buckets, choose_buckets, smallest_size
 from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
+from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.executable_store import ExecutableStore, default_folder
 from jaxserve.runner.kv_cache import abstract_tables
 from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages
 from jaxserve.runner.programs import ProgramSet
-from jaxserve.runner.setup import RunnerSetup
+from jaxserve.runner.setup import DraftSetup, RunnerSetup
 from jaxserve.sharding.split import device_spec
 
 logger = logging.getLogger("jaxserve.start")
@@ -40,7 +41,8 @@ PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not 
 
 
 def plan_memory(
-    *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig
+    *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
+    draft: DraftSetup | None = None, draft_params: Any = None,
 ) -> RunnerSetup:
     """Settles every size of a runner.
 
@@ -48,6 +50,7 @@ def plan_memory(
       spec: the whole model.
       params: the parameter tree, abstract (ShapeDtypeStruct) or real.
       dtype: of activations and KV pages.
+      draft, draft_params: a model that drafts, and its parameters like `params`.
     Raises:
       ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
     """
@@ -67,12 +70,13 @@ def plan_memory(
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
         samples_max=samples_max, buckets=buckets(tokens_max=tokens_max),
-        store=_store(config.compilation.compilation_cache_dir), budget=budget,
+        store=_store(config.compilation.compilation_cache_dir), budget=budget, draft=draft,
     )
     # On the CPU temporaries are malloc'd as they come, out of the reserve.
-    temporaries = 0 if is_cpu else _measure_temporaries(setup, params)
+    temporaries = 0 if is_cpu else _measure_temporaries(setup, params, draft_params)
     memory = grant_pages(
-        spec=spec, budget=budget, weight_bytes=_device_bytes(params), temporary_bytes=temporaries,
+        spec=spec, draft=None if draft is None else draft.spec, budget=budget,
+        weight_bytes=_device_bytes((params, draft_params)), temporary_bytes=temporaries,
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
         itemsize=setup.dtype.itemsize, row_count=row_count, tokens_max=tokens_max,
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
@@ -137,6 +141,7 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
 def _setup(
     *, spec: ModelSpec, vocab_size: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
     row_count: int, samples_max: int | None, buckets: Buckets, store: ExecutableStore | None, budget: Budget,
+    draft: DraftSetup | None,
 ) -> RunnerSetup:
     """A setup of final sizes except for the pool, which is provisional."""
     alternatives = config.model.max_logprobs
@@ -156,7 +161,8 @@ def _setup(
         shape=_shape(shape, [PROVISIONAL_PAGES] * len(shape.groups), length),
         memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
-        whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, store=store,
+        whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
+        store=store,
     )
 
 
@@ -165,11 +171,14 @@ def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> Runne
     return replace(shape, groups=groups, length_max=length_max)
 
 
-def _measure_temporaries(setup: RunnerSetup, params: Any) -> int:
+def _measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:
     """Scratch memory of the hungriest program, by compiling the largest of each kind at the provisional pool."""
     programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
     tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max
     largest = (*programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
+    if setup.draft is not None:
+        drafting = DraftModel(setup, setup.draft.spec, draft_params, setup.draft.tokens_max)
+        largest += (drafting.follow_program(tokens), drafting.write_program(drafting.write_buckets[-1]))
     return max(temporary_bytes(compiler.build(program)) for program in largest)
 
 
