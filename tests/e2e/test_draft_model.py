@@ -49,15 +49,18 @@ def accepted(url: str) -> float:
 
 
 def test_the_model_as_its_own_draft(serve, tiny_llama):
-    plain = serve("--model", str(tiny_llama), *SMALL)
-    drafting = serve("--model", str(tiny_llama), *SMALL, *config(tiny_llama))
+    eager = (*SMALL, "--enforce-eager")
+    plain = serve("--model", str(tiny_llama), *eager)
+    drafting = serve("--model", str(tiny_llama), *eager, *config(tiny_llama))
     drafting.wait_ready()
     for fields in ({}, {"temperature": 0.8, "seed": 3}, {"n": 3, "temperature": 1.0, "seed": 4}):
         answers = [
             post(server.url, max_tokens=24, ignore_eos=True, **fields).json()["choices"] for server in (plain, drafting)
         ]
         assert answers[0] == answers[1], fields
-    assert accepted(drafting.url) > 0.5 and "draft model" in drafting.log()
+        if not fields:     # greedy like the draft; what is drawn from flat logits seldom is the most likely token
+            assert accepted(drafting.url) > 0.9
+    assert "draft model" in drafting.log()
     assert metric(drafting.url, "jaxserve:compilations_after_ready_total") == 0
 
 
