@@ -37,6 +37,15 @@ def _phi(name: str, sources: str, kind: str = "<16 x float>") -> str:
     return f"  %{name} = phi {kind} {sources}"
 
 
+def _state(top: str, total: str, sum_: str, count: int, sums: list[str]) -> str:
+    """Maximum, denominator and sums of every query, before the first slot or after a turn."""
+    return _lines([
+        *(_phi(f"{top}{i}", f"[%top_first{i}, %entry], [%top_new{i}, %turn_end]", "float") for i in range(count)),
+        *(_phi(f"{total}{i}", f"[%total_first{i}, %entry], [%total_new{i}, %turn_end]", "float") for i in range(count)),
+        *(_phi(f"{sum_}{j}", f"[zeroinitializer, %entry], [%added{j}, %turn_end]") for j in sums),
+    ])
+
+
 def _lines(parts: list[str]) -> str:
     return "\n".join(parts)
 
@@ -61,9 +70,7 @@ entry:
 
 turn:
   %at = phi i64 [%first_turn, %entry], [%at_next, %turn_end]
-{_lines([_phi(f"top{i}", f"[%top_first{i}, %entry], [%top_new{i}, %turn_end]", "float") for i in each])}
-{_lines([_phi(f"total{i}", f"[%total_first{i}, %entry], [%total_new{i}, %turn_end]", "float") for i in each])}
-{_lines([_phi(f"sum{j}", f"[zeroinitializer, %entry], [%added{j}, %turn_end]") for j in sums])}
+{_state("top", "total", "sum", count, sums)}
   %at_next = add i64 %at, {TURN}
 {_page("now", "%at", dim)}
 {_page("next", "%at_next", dim)}
@@ -97,8 +104,7 @@ turn_end:
   br i1 %again, label %turn, label %finish
 
 finish:
-{_lines([_phi(f"whole{j}", f"[zeroinitializer, %entry], [%added{j}, %turn_end]") for j in sums])}
-{_lines([_phi(f"all{i}", f"[%total_first{i}, %entry], [%total_new{i}, %turn_end]", "float") for i in each])}
+{_state("highest", "all", "whole", count, sums)}
 {_lines([_finish(i, dim) for i in each])}
   ret void
 }}

@@ -51,23 +51,29 @@ def _products(rows: int, outs: int, sums: str, into: str, suffix: str) -> str:
     )
 
 
-def _block(rows: int, outs: int) -> str:
-    """@block_RxO(x, weight, out, O, I, first row, first output, what to prefetch): 16 sums over the whole of I."""
+def _loads(rows: int, outs: int) -> tuple[str, str]:
+    """A turn's numbers, while the next tile is asked for; and the last, fewer than a register holds."""
     operands = [f"m{m}" for m in range(rows)] + [f"o{o}" for o in range(outs)]
-    loads = "\n".join(
+    loads = [
         f"  %{name}_now = getelementptr bfloat, ptr %{name}_at, i64 %i\n"
         f"  %{name}_v = load <32 x bfloat>, ptr %{name}_now, align 2" for name in operands
-    )
-    rest_loads = "\n".join(
+    ]
+    loads += [
+        f"  %ahead{o} = getelementptr i8, ptr %o{o}_now, i64 %ahead\n"
+        f"  call void @llvm.prefetch.p0(ptr %ahead{o}, i32 0, i32 2, i32 1)" for o in range(outs)
+    ]
+    rest_loads = [
         f"  %{name}_end = getelementptr bfloat, ptr %{name}_at, i64 %whole\n"
         f"  %{name}_bits = call <32 x i16> @llvm.masked.load.v32i16.p0("
         f"ptr %{name}_end, i32 2, <32 x i1> %mask, <32 x i16> zeroinitializer)\n"
         f"  %{name}_r = bitcast <32 x i16> %{name}_bits to <32 x bfloat>" for name in operands
-    )
-    ahead = "\n".join(
-        f"  %ahead{o} = getelementptr i8, ptr %o{o}_now, i64 %ahead\n"
-        f"  call void @llvm.prefetch.p0(ptr %ahead{o}, i32 0, i32 2, i32 1)" for o in range(outs)
-    )
+    ]
+    return "\n".join(loads), "\n".join(rest_loads)
+
+
+def _block(rows: int, outs: int) -> str:
+    """@block_RxO(x, weight, out, O, I, first row, first output, what to prefetch): 16 sums over the whole of I."""
+    loads, rest_loads = _loads(rows, outs)
     each = range(LANES)
     adding, total = lane_sums([f"%whole_sum{i}" for i in each])
     stores = "\n".join(
@@ -93,7 +99,6 @@ turn:
   %i = phi i64 [0, %entry], [%i_next, %turn]
 {chr(10).join(f"  %sum{i} = phi <16 x float> [zeroinitializer, %entry], [%more{i}, %turn]" for i in each)}
 {loads}
-{ahead}
 {_products(rows, outs, "sum", "more", "_v")}
   %i_next = add i64 %i, {PAIRS}
   %again = icmp slt i64 %i_next, %whole

@@ -67,6 +67,26 @@ def header(path: Path) -> tuple[dict[str, int], tuple[int, int]]:
 
 def handler(name: str, functions: dict[str, int], version: tuple[int, int]) -> str:
     """IR of `@NAME`: answers XLA's question for its version, then runs the chunks."""
+    return _workers(name) + _entry(name, version) + _helpers(name, functions) + f"""
+own:
+  call void @{name}_work(ptr %context)
+  br label %wait
+wait:
+  %finished = load atomic i64, ptr %done acquire, align 8
+  %all = icmp sge i64 %finished, %chunks
+  br i1 %all, label %end, label %pause
+pause:
+  call void @llvm.x86.sse2.pause()
+  br label %wait
+end:
+  call void @{name}_leave(ptr %context)
+  ret ptr null
+}}
+"""
+
+
+def _workers(name: str) -> str:
+    """@NAME_work takes chunks until none is left, @NAME_leave lets go of the context, @NAME_help does both."""
     return f"""
 define internal void @{name}_work(ptr %context) {{
 entry:
@@ -105,7 +125,12 @@ define void @{name}_help(ptr %context) {{
   call void @{name}_leave(ptr %context)
   ret void
 }}
+"""
 
+
+def _entry(name: str, version: tuple[int, int]) -> str:
+    """The beginning of @NAME: XLA's question, else a context for this call."""
+    return f"""
 define ptr @{name}(ptr %frame) {{
 entry:
   %extension_at = getelementptr i8, ptr %frame, i64 8
@@ -132,7 +157,12 @@ begin:
   store i64 0, ptr %next
   store i64 0, ptr %done
   store i64 %chunks, ptr %chunks_at
+"""
 
+
+def _helpers(name: str, functions: dict[str, int]) -> str:
+    """Asks XLA's thread pool to run @NAME_help, at most one a thread and a chunk less the caller's own."""
+    return f"""
   %api_at = getelementptr i8, ptr %frame, i64 16
   %api = load ptr, ptr %api_at
   %xla_at = getelementptr i8, ptr %frame, i64 24
@@ -179,19 +209,4 @@ ask_one:
   %refused = call ptr %schedule(ptr %task)
   %one_more = add i64 %asked_for, 1
   br label %ask
-
-own:
-  call void @{name}_work(ptr %context)
-  br label %wait
-wait:
-  %finished = load atomic i64, ptr %done acquire, align 8
-  %all = icmp sge i64 %finished, %chunks
-  br i1 %all, label %end, label %pause
-pause:
-  call void @llvm.x86.sse2.pause()
-  br label %wait
-end:
-  call void @{name}_leave(ptr %context)
-  ret ptr null
-}}
 """
