@@ -36,8 +36,7 @@ class PagedForward:
                 KvGroupShape(page_count=64, window=group.window) for group in spec.kv_groups
             ),
         )
-        placement = jax.sharding.NamedSharding(tiny_mesh(), jax.sharding.PartitionSpec())
-        pool = abstract_pool(spec, self.shape, jnp.dtype(jnp.float32), placement)
+        pool = abstract_pool(spec, self.shape, jnp.dtype(jnp.float32), tiny_mesh())
         self._kv = jax.tree.map(lambda page: jnp.full(page.shape, jnp.nan, page.dtype), pool)   # unused is poison
         self._leaves, tree = jax.tree.flatten(params)
         self._params = params

@@ -145,7 +145,7 @@ class _PaddingPoison:
     def launch(self, plan):
         forward = self._runner._forward
 
-        def poisoned(tokens, packed):
+        def poisoned(tokens, packed, plan):
             layout = self._runner._programs.layout(tokens)
             view = layout.views(packed)
             view["token_T"][plan.token_count :] = 41
@@ -156,7 +156,7 @@ class _PaddingPoison:
                 for name in ("index_U", "page_U"):
                     view[f"{name}.{group}"][len(updates.row_U) :] = 1
             self.poisoned_count += 1
-            return forward(tokens, packed)
+            return forward(tokens, packed, plan)
 
         self._runner._forward = poisoned
         try:

@@ -190,7 +190,7 @@ def test_what_nobody_serves_is_refused_with_each_reason():
     k, v = (x.astype(jnp.int8) for x in (step.k_PKSH, step.v_PKSH))
     with pytest.raises(NoImplementationError, match=r"xla: pages of int8.*need scales.*reference: pages of int8"):
         paged_prefill(step.q_TNH, k, v, step.page_RM, step.work, scale=1.0)
-    with pytest.raises(NoImplementationError, match="unknown implementation 'mosaic'; there are xla, reference, m"):
+    with pytest.raises(NoImplementationError, match="implementation 'mosaic'; there are native, xla, reference, m"):
         paged_prefill(step.q_TNH, step.k_PKSH, step.v_PKSH, step.page_RM, step.work, scale=1.0, implementation="mosaic")
 
 

@@ -18,10 +18,17 @@ from kernels_pallas.paged_prefill import paged_prefill
 from kernels_pallas.shapes import head_shape
 from tests.kernels.test_attention_ops import OPS, SMOL, P, S, Step, T, make_work, shrunk
 
-here = pytest.mark.skipif(bool(api.refusals()), reason="; ".join(api.refusals()) or "served")
+here = pytest.mark.usefixtures("served")
 
 SHAPES = ((1, 16, 1), (1, 17, 31), (2, 40, 32), (3, 50, 33), (4, 96, 100), (5, 33, 64), (7, 960, 576), (33, 100, 96))
 BATCHES = (1, 2, 3, 4, 5, 16, 23)
+
+
+@pytest.fixture
+def served() -> None:
+    """Asked when a test runs: asking while tests are collected would start jax's threads in every process."""
+    if api.refusals():
+        pytest.skip("; ".join(api.refusals()))
 
 
 def numbers(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
