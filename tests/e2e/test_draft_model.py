@@ -48,6 +48,7 @@ def accepted(url: str) -> float:
     )
 
 
+@pytest.mark.slow
 def test_the_model_as_its_own_draft(serve, tiny_llama):
     eager = (*SMALL, "--enforce-eager")
     plain = serve("--model", str(tiny_llama), *eager)
