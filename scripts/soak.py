@@ -79,6 +79,7 @@ async def _one(
 async def _stream(client: httpx.AsyncClient, body: dict[str, Any], leave_after: int | None) -> str:
     """How the stream ended; `leave_after` that many events the client hangs up."""
     events = 0
+    body.pop("prompt_logprobs", None)       # not of a stream, as with vLLM
     async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         if response.status_code != 200:
             return f"{response.status_code} unexpected"
@@ -110,6 +111,8 @@ def _body(rng: random.Random, model: dict[str, Any], options: argparse.Namespace
     )
     for extra in rng.sample(extras, rng.choice((0, 0, 1, 2))):
         body |= extra
+    if body.get("n") == 2 and body["temperature"] == 0:
+        body["temperature"] = 1.0       # greedy choices do not differ
     return body
 
 
