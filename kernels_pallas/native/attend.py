@@ -12,7 +12,7 @@ slots past the longest query of a group are not read as values at all.
 
 from __future__ import annotations
 
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
 from kernels_pallas.native.vectors import LANES, PAIRS, broadcast, dot_pairs, indices, lane_sums, number, splat
 
 NAME = "jaxserve_attend"
@@ -340,10 +340,6 @@ def _finish(i: int, dim: int) -> str:
 
 def _chunk() -> str:
     """@NAME_chunk: chunk = item * K + kv head; items of size 0 are padding."""
-    loads = _lines([
-        f"  %{name}_word = getelementptr i64, ptr %operands, i64 {index}\n  %{name} = load {kind}, ptr %{name}_word"
-        for index, (name, kind) in enumerate(WORDS)
-    ])
     of_item = _lines([
         f"  %{name}_at = getelementptr i32, ptr %{name}s, i64 %item\n"
         f"  %{name}_short = load i32, ptr %{name}_at\n"
@@ -363,7 +359,7 @@ def _chunk() -> str:
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
 entry:
-{loads}
+{loaded(WORDS)}
   %item = udiv i64 %chunk, %K
   %kv_head = urem i64 %chunk, %K
 {of_item}
@@ -401,10 +397,6 @@ def _setup() -> str:
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
         f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(POINTERS[:-1])
     ])
-    stores = _lines([
-        f"  %{name}_to = getelementptr i64, ptr %operands, i64 {index}\n  store {kind} %{name}, ptr %{name}_to"
-        for index, (name, kind) in enumerate(WORDS)
-    ])
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
 {arguments}
@@ -412,7 +404,7 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %out = call ptr @data(ptr %out_buffer)
   %K = call i64 @size(ptr %k_buffer, i64 1)
   %items = call i64 @size(ptr %tokens_buffer, i64 0)
-{stores}
+{stored(WORDS)}
   %chunks = mul i64 %items, %K
   ret i64 %chunks
 }}

@@ -10,7 +10,7 @@ Invariant: a row's result is made by the same additions in the same order whatev
 
 from __future__ import annotations
 
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
 from kernels_pallas.native.vectors import LANES, PAIRS, dot_pairs, indices, lane_sums
 
 NAME = "jaxserve_dot"
@@ -167,17 +167,13 @@ exit:
 
 def _chunk() -> str:
     """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
-    loads = "\n".join(
-        f"  %{name}_at = getelementptr i64, ptr %operands, i64 {index}\n  %{name} = load {kind}, ptr %{name}_at"
-        for index, (name, kind) in enumerate(WORDS)
-    )
     calls = "\n".join(
         f"case{rows}:\n  call void @tiles_{rows}x{outs}({TILES})\n  ret void"
         for rows, outs in BLOCKS
     )
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
-{loads}
+{loaded(WORDS)}
   %chunk_next = add i64 %chunk, 1
   %a = mul i64 %chunk, %tiles
   %b = mul i64 %chunk_next, %tiles
@@ -198,10 +194,6 @@ some:
 
 def _setup() -> str:
     """@NAME_setup: fills the operands from the frame; how many chunks there are."""
-    stores = "\n".join(
-        f"  %{name}_to = getelementptr i64, ptr %operands, i64 {index}\n  store {kind} %{name}, ptr %{name}_to"
-        for index, (name, kind) in enumerate(WORDS)
-    )
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %x_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 0)
@@ -216,7 +208,7 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %above = add i64 %O, {TILE - 1}
   %tiles = udiv i64 %above, {TILE}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})
-{stores}
+{stored(WORDS)}
   ret i64 %chunks
 }}
 """

@@ -65,6 +65,22 @@ def header(path: Path) -> tuple[dict[str, int], tuple[int, int]]:
     return functions, (version["MAJOR"], version["MINOR"])
 
 
+def loaded(words: list[tuple[str, str]]) -> str:
+    """IR that reads a kernel's operands, (name, type) in order, from its context."""
+    return "\n".join(
+        f"  %{name}_word = getelementptr i64, ptr %operands, i64 {index}\n  %{name} = load {kind}, ptr %{name}_word"
+        for index, (name, kind) in enumerate(words)
+    )
+
+
+def stored(words: list[tuple[str, str]]) -> str:
+    """IR that writes them there."""
+    return "\n".join(
+        f"  %{name}_to = getelementptr i64, ptr %operands, i64 {index}\n  store {kind} %{name}, ptr %{name}_to"
+        for index, (name, kind) in enumerate(words)
+    )
+
+
 def handler(name: str, functions: dict[str, int], version: tuple[int, int]) -> str:
     """IR of `@NAME`: answers XLA's question for its version, then runs the chunks."""
     return _workers(name) + _entry(name, version) + _helpers(name, functions) + f"""
