@@ -167,7 +167,7 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
     if size > 1:
         want_cpu_devices(size)
     mesh = make_mesh(jax.devices(), size, has_whole_experts=has_whole_experts)
-    native.prepare()
+    native.prepare(is_packed=config.model.quantization is not None)
     dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
     if remark:
         logger.warning("%s", remark)

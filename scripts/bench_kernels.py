@@ -25,6 +25,8 @@ from kernels_pallas.paged_decode import cases as paged_decode_cases
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import cases as paged_prefill_cases
 from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
+from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
 from kernels_pallas.shapes import HeadShape
 from kernels_pallas.storage import storage_dtype
 from kernels_pallas.work import AttentionWork, plan_work
@@ -35,6 +37,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "paged_prefill": paged_prefill_cases.CASES,
     "kv_write": kv_write_cases.CASES,
     "grouped_matmul": grouped_matmul_cases.CASES,
+    "quantized_matmul": quantized_matmul_cases.CASES,
 }
 
 Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its options bound, and its arrays
@@ -44,6 +47,8 @@ def call_of(op: str, case: Any, dtype: jnp.dtype, implementation: str | None = N
     """What a case stands for, on random numbers."""
     if op == "grouped_matmul":
         return _grouped(case, dtype, implementation)
+    if op == "quantized_matmul":
+        return _packed(case, dtype, implementation)
     if op == "kv_write":
         return _write(case, dtype, implementation)
     if op == "paged_decode":
@@ -97,6 +102,16 @@ def _grouped(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
     return partial(grouped_matmul, implementation=implementation), (
         _random((rows, case.width), dtype), weight_EOI, count_E
     )
+
+
+def _packed(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
+    bytes_ = case.width // (2 if case.code == "int4" else 1)
+    scale_OG = jnp.full((case.width_out, case.width // case.group), 0.01, jnp.float16)
+    code_OC = jnp.arange(case.width_out * bytes_, dtype=jnp.uint32).astype(jnp.uint8).reshape(case.width_out, bytes_)
+    zero_OG = jnp.full(scale_OG.shape, 8, jnp.uint8)
+    weight = PackedWeight(code=case.code, code_OC=code_OC, scale_OG=scale_OG, zero_OG=zero_OG)
+    call = partial(quantized_matmul, implementation=implementation)
+    return call, (_random((case.tokens, case.width), dtype), weight)
 
 
 def _random(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:

@@ -35,8 +35,12 @@ from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
 from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
 from kernels_pallas.quantized import FP8, Pages, QuantizedPages
+from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
+from kernels_pallas.quantized_matmul import quantized_matmul
+from kernels_pallas.quantized_matmul.cases import PackedCase
 from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, head_shape
 from kernels_pallas.work import AttentionWork, work_layout
+from scripts import bench_kernels
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
@@ -191,6 +195,20 @@ def grouped_row(case: GroupedCase) -> str:
     return f"| grouped_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
 
 
+def packed_row(case: PackedCase) -> str:
+    """The product of packed weights through Triton; it must not unpack the matrix in memory."""
+    arrays = jax.eval_shape(lambda: bench_kernels.call_of("quantized_matmul", case, jnp.dtype(jnp.bfloat16))[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        executable = compiled(functools.partial(quantized_matmul, implementation="triton"), *arrays)
+    if "__gpu$xla.gpu.triton" not in executable.as_text():
+        raise RuntimeError(f"quantized_matmul of {case.name} did not become a Triton kernel")
+    temporaries = executable.memory_analysis().temp_size_in_bytes
+    if temporaries >= 1 << 20:
+        raise RuntimeError(f"quantized_matmul of {case.name}: {temporaries} bytes of temporaries; is it unpacked?")
+    return f"| quantized_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
+
+
 def missing() -> str | None:
     """What stands in the way on this machine."""
     if jax.__version_info__ < (0, 11):
@@ -222,6 +240,9 @@ def rows(wanted: str) -> Iterator[str]:
     for case in grouped_matmul_cases.CASES:
         if case.tokens in (16, 512) and wanted in case.model:
             yield grouped_row(case)
+    for packed in quantized_matmul_cases.CASES:
+        if wanted in packed.model:
+            yield packed_row(packed)
 
 
 def main() -> int:

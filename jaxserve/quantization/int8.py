@@ -22,6 +22,7 @@ from jax import Array
 
 from jaxserve.quantization.qtensor import QTensor
 from kernels_pallas.lanes import ROWS_MAX, lane_matmul_int8
+from kernels_pallas.native import api as native
 
 CODE_MAX = 127
 TINY = np.float32(1e-30)        # the scale of a row of zeros
@@ -60,6 +61,8 @@ def quantise(x_TI: Array) -> tuple[Array, Array]:
 
 def int8_dot(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ of int8 in int32, exact."""
+    if native.serves_int8(*weight_OI.shape):
+        return jax.lax.platform_dependent(x_TI, weight_OI, cpu=native.matmul_int8, default=_dot)
     if x_TI.shape[0] <= ROWS_MAX:
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul_int8, default=_dot)
     return _dot(x_TI, weight_OI)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxserve.core.plan import RunnerShape
 from jaxserve.layers.context import LayerKv
 from jaxserve.models.decoder import Decoder
+from jaxserve.quantization.qtensor import QTensor
 from jaxserve.runner import kv_cache, rows
 from jaxserve.runner.compile import Program
 from jaxserve.runner.forward import Begun, Sampling, begin, finish, run_layers
@@ -26,6 +27,7 @@ from jaxserve.runner.sample import head_params, sample_step, score_step
 from jaxserve.runner.sampling import Logprobs, Sampled
 from jaxserve.runner.segments import cut, ends, leaves_of
 from jaxserve.runner.setup import RunnerSetup
+from kernels_pallas.native import api as native
 from kernels_pallas.storage import storage_dtype
 
 LOGPROBS = Logprobs(0, 0, 0, 0)     # type: ignore[arg-type] # only its structure matters
@@ -41,6 +43,8 @@ class ProgramSet:
         self.segments = cut(setup.spec)
         params = self._abstract(params)
         self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
+        nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QTensor))
+        self._kernels = native.identity(is_packed=any(isinstance(node, QTensor) for node in nodes))
         self._layer_trees = [jax.tree.structure(params[f"layers_{index}"]) for index in range(len(setup.spec.layers))]
         self._end_trees = tuple(jax.tree.structure(end) for end in ends(params))
         self._head_leaves, self._head_tree = jax.tree.flatten(head_params(params, setup.spec))
@@ -181,7 +185,7 @@ class ProgramSet:
         return Program(
             name=name, function=on_each_device(function, self._setup.mesh, arguments, placements),
             arguments=arguments, donated=donated, results=placements,
-            identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {closes_over!r}",
+            identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {self._kernels} {closes_over!r}",
         )
 
     def _abstract(self, params: Any) -> Any:

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, dot, host
+from kernels_pallas.native import attend, dot, host, packed
 from kernels_pallas.quantized import Pages, QuantizedPages
+from kernels_pallas.quantized_matmul.weights import PackedWeight
 from kernels_pallas.work import AttentionWork
 
 NO_WINDOW = 1 << 30
 LOG2_E = log2(e)
+INT8_INPUTS_MAX = 65_000     # products of 255 and 127, summed in int32
 
 
 @functools.cache
@@ -34,15 +36,25 @@ def refusals() -> tuple[str, ...]:
     return tuple(found)
 
 
-def identity() -> str:
-    """What a compiled program depends on beside its own text; registers the kernels that it may call."""
-    return "" if refusals() else str(sorted(host.native().targets.values()))
+def identity(*, is_packed: bool = False) -> str:
+    """What a compiled program depends on beside its own text; registers the kernels that it may call.
+
+    Args:
+      is_packed: whether it may call those for packed weights, too.
+    """
+    if refusals():
+        return ""
+    return str(sorted(name for kernels in _sets(is_packed) for name in host.targets(kernels).values()))
 
 
-def prepare() -> None:
+def prepare(*, is_packed: bool = False) -> None:
     """Begins to compile in a thread of its own, so that who needs it later waits less."""
     if not refusals():
-        threading.Thread(target=host.native, name="compile-native", daemon=True).start()
+        threading.Thread(target=lambda: identity(is_packed=is_packed), name="compile-native", daemon=True).start()
+
+
+def _sets(is_packed: bool) -> tuple[host.KernelSet, ...]:
+    return ("plain", "packed") if is_packed else ("plain",)
 
 
 def serves_dot(dtype: DTypeLike, width_out: int) -> bool:
@@ -53,7 +65,46 @@ def serves_dot(dtype: DTypeLike, width_out: int) -> bool:
 def matmul(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ of bfloat16 in float32, [T, O]; a row gives the same bits beside any others."""
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(host.native().targets[dot.NAME], shape)(x_TI, weight_OI)
+    return jax.ffi.ffi_call(host.targets()[dot.BFLOAT16.name], shape)(x_TI, weight_OI)
+
+
+def matmul_int8(x_TI: Array, weight_OI: Array) -> Array:
+    """x · weightᵀ of int8 in int32, [T, O], exact; for sizes that `serves_int8` takes."""
+    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.int32)
+    shifted_TO = jax.ffi.ffi_call(host.targets("packed")[dot.INT8.name], shape)(x_TI, weight_OI)
+    return shifted_TO - 128 * x_TI.astype(jnp.int32).sum(-1, keepdims=True)
+
+
+def serves_int8(width_out: int, width_in: int) -> bool:
+    """Whether `matmul_int8` takes weights of this size here."""
+    return width_out >= dot.TILE and width_in <= INT8_INPUTS_MAX and not refusals()
+
+
+def packed_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
+    """Why `matmul_packed` cannot work with these arrays here."""
+    found = list(refusals())
+    (outs, ins), step = weight.shape, packed.TURN if weight.is_half else packed.TURN // 2
+    if x_TI.dtype != jnp.bfloat16:
+        found.append(f"rows must be bfloat16, got {x_TI.dtype}")
+    if outs < dot.TILE or ins % step or weight.group_size % step:
+        found.append(f"{outs} outputs of {ins} inputs in groups of {weight.group_size}: needs {dot.TILE} outputs, and "
+                     f"groups of multiples of {step}")
+    if _variant(weight) not in packed.VARIANTS:
+        found.append(f"{weight.code} with scales of {weight.scale_OG.dtype} is not built")
+    return found
+
+
+def matmul_packed(x_TI: Array, weight: PackedWeight) -> Array:
+    """See `kernels_pallas.quantized_matmul.api`; a row gives the same bits beside any others."""
+    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight.shape[0]), jnp.float32)
+    _, extra = weight.extra
+    arrays = [weight.code_OC, weight.scale_OG, *([] if extra is None else [extra])]
+    return jax.ffi.ffi_call(host.targets("packed")[_variant(weight).name], shape)(x_TI, *arrays)
+
+
+def _variant(weight: PackedWeight) -> packed.Variant:
+    name, _ = weight.extra
+    return packed.Variant(code=weight.code, extra=name, scale=f"f{8 * weight.scale_OG.dtype.itemsize}")
 
 
 def attention_refusals(q_TNH: Array, k_PKSH: Pages, *, soft_cap: float | None) -> list[str]:
@@ -120,5 +171,5 @@ def _attend(
     _, N, H = q_TNH.shape
     settings = jnp.array([NO_WINDOW if window is None else window, N, k_PKSH.shape[2], page_RM.shape[1], H], jnp.int32)
     sinks_N = jnp.full(N, -inf, jnp.float32) if sink_N is None else sink_N.astype(jnp.float32) * LOG2_E
-    call = jax.ffi.ffi_call(host.native().targets[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32))
+    call = jax.ffi.ffi_call(host.targets()[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32))
     return call(q_TNH, k_PKSH, v_PKSH, page_RM, *items, settings, jnp.full(1, scale * LOG2_E, jnp.float32), sinks_N)

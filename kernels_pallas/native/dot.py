@@ -1,19 +1,22 @@
-"""x · weightᵀ of bfloat16 with float32 sums: x [T, I], weight [O, I] as checkpoints store it, out [T, O].
+"""x · weightᵀ: x [T, I], weight [O, I] as checkpoints store it, out [T, O]; bfloat16 to float32, or int8 to int32.
 
-Block: 16 sums, (rows x outputs) of 1 x 16, 2 x 8 or 4 x 4, each 16 lanes wide; a turn of the loop loads 32 numbers of
-every row and weight row of the block and multiplies them pairwise (AVX512-BF16 `vdpbf16ps`). At the end 15 additions
-turn the 16 sums of 16 lanes into one register. Chunk: tiles of 16 outputs, all rows; weights are read from memory
-once, rows stay in the caches.
-Traffic: 2 · O · I bytes of weights; bound by memory up to some 16 rows, by the multipliers beyond.
+Block: 16 sums, (rows x outputs) of 1 x 16, 2 x 8 or 4 x 4, each 16 lanes wide; a turn of the loop loads a register of
+every row and weight row of the block and multiplies them: 32 bfloat16 pairwise (AVX512-BF16 `vdpbf16ps`), 64 int8 four
+by four (AVX512-VNNI `vpdpbusd`, which takes one side unsigned: weights get 128 more, and who calls takes away 128 times
+the sum of the row). At the end 15 additions turn the 16 sums of 16 lanes into one register. Chunk: tiles of 16
+outputs, all rows; weights are read from memory once, rows stay in the caches.
+Traffic: O · I weights, 2 bytes or 1; bound by memory up to some 16 rows, by the multipliers beyond.
 Invariant: a row's result is made by the same additions in the same order whatever the other rows are, and however many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
 from kernels_pallas.native.vectors import LANES, PAIRS, dot_pairs, indices, lane_sums
 
-NAME = "jaxserve_dot"
 BLOCKS = ((1, 16), (2, 8), (4, 4))
 TILE = 16               # outputs
 CHUNKS_MAX = 32         # of a product: a thread that is late leaves its share to others
@@ -22,102 +25,158 @@ WORDS = [(name, "ptr") for name in ("x", "weight", "out")]      # operands, in o
 WORDS += [(name, "i64") for name in ("T", "O", "I", "tiles", "chunks")]
 TILES = "ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %begin, i64 %end"
 
-DECLARATIONS = """
-declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)
-"""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numbers:
+    """A type of numbers that is multiplied.
+
+    Attributes:
+      name: of the kernel.  item: LLVM's type of a number.  count: numbers of a register.  sum: type of a sum.
+      bits: an integer as wide as a number.  declarations: what the IR uses.
+      multiply: IR of sum + row · weight, of three names.  weight: IR of a weight register %{0} from %{0}_in, or "".
+    """
+
+    name: str
+    item: str
+    count: int
+    sum: str
+    bits: str
+    declarations: str
+    multiply: Callable[[str, str, str], str]
+    weight: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return 64 // self.count
 
 
-def kernel() -> str:
-    """IR of the chunk, the setup, and the blocks."""
-    blocks = [_block(rows, outs) + _tiles(rows, outs) for rows, outs in BLOCKS]
-    return "\n".join([DECLARATIONS, *blocks, _chunk(), _setup()])
+def _multiply_int8(before: str, row: str, weight: str) -> str:
+    return (
+        f"call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32> {before}, <16 x i32> {weight}, <16 x i32> {row})"
+    )
 
 
-def _pointers(kind: str, count: int) -> str:
+BFLOAT16 = Numbers(
+    name="jaxserve_dot", item="bfloat", count=PAIRS, sum="float", bits="i16",
+    declarations="declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)\n",
+    multiply=lambda before, row, weight: dot_pairs(f"<16 x float> {before}", row, weight),
+)
+INT8 = Numbers(
+    name="jaxserve_dot_i8", item="i32", count=2 * PAIRS, sum="i32", bits="i8",
+    declarations="declare <64 x i8> @llvm.masked.load.v64i8.p0(ptr, i32, <64 x i1>, <64 x i8>)\n"
+    "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n",
+    multiply=_multiply_int8,
+    weight="  %{0} = xor <16 x i32> %{0}_in, splat (i32 -2139062144)",      # 0x80808080: 128 more, unsigned
+)
+
+
+def kernel(numbers: Numbers) -> str:
+    """IR of the products, the chunk and the setup."""
+    return "\n".join([products(numbers), _chunk(numbers), _setup(numbers)])
+
+
+def products(numbers: Numbers) -> str:
+    """IR of @NAME_RxO(x, weight, out, T, O, I, first output, end), for all blocks."""
+    blocks = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
+    return "\n".join([numbers.declarations, *blocks])
+
+
+def _pointers(numbers: Numbers, kind: str, count: int) -> str:
     """Where the block's rows (or weight rows) begin; `%m0`, `%o0` are the first."""
     return "\n".join(
         f"  %{kind}{i} = add i64 %{kind}0_first, {i}\n"
         f"  %{kind}{i}_item = mul i64 %{kind}{i}, %I\n"
-        f"  %{kind}{i}_at = getelementptr bfloat, ptr %{kind}_data, i64 %{kind}{i}_item"
+        f"  %{kind}{i}_at = getelementptr {numbers.bits}, ptr %{kind}_data, i64 %{kind}{i}_item"
         for i in range(count)
     )
 
 
-def _products(rows: int, outs: int, sums: str, into: str, suffix: str) -> str:
+def _products(numbers: Numbers, rows: int, outs: int, sums: str, into: str, suffix: str) -> str:
     return "\n".join(
-        f"  %{into}{m * outs + o} = "
-        + dot_pairs(f"<16 x float> %{sums}{m * outs + o}", f"%m{m}{suffix}", f"%o{o}{suffix}")
+        f"  %{into}{m * outs + o} = " + numbers.multiply(f"%{sums}{m * outs + o}", f"%m{m}{suffix}", f"%o{o}{suffix}")
         for o in range(outs) for m in range(rows)
     )
 
 
-def _loads(rows: int, outs: int) -> tuple[str, str]:
+def _loads(numbers: Numbers, rows: int, outs: int) -> tuple[str, str]:
     """A turn's numbers, while the next tile is asked for; and the last, fewer than a register holds."""
     operands = [f"m{m}" for m in range(rows)] + [f"o{o}" for o in range(outs)]
-    loads = [
-        f"  %{name}_now = getelementptr bfloat, ptr %{name}_at, i64 %i\n"
-        f"  %{name}_v = load <32 x bfloat>, ptr %{name}_now, align 2" for name in operands
-    ]
+    lanes = f"<{64 // (4 if numbers.item == 'i32' else 2)} x {numbers.item}>"
+    bits = f"<{numbers.count} x {numbers.bits}>"
+
+    def seen(name: str, suffix: str) -> tuple[str, str]:
+        """The name a register is loaded under, and what makes it the operand."""
+        is_made = bool(numbers.weight) and name.startswith("o")
+        operand = f"{name}{suffix}"
+        return (f"{operand}_in", "\n" + numbers.weight.format(operand)) if is_made else (operand, "")
+
+    loads, rest_loads = [], []
+    for name in operands:
+        into, made = seen(name, "_v")
+        loads.append(
+            f"  %{name}_now = getelementptr {numbers.bits}, ptr %{name}_at, i64 %i\n"
+            f"  %{into} = load {lanes}, ptr %{name}_now, align {numbers.bytes}{made}"
+        )
+        into, made = seen(name, "_r")
+        rest_loads.append(
+            f"  %{name}_end = getelementptr {numbers.bits}, ptr %{name}_at, i64 %whole\n"
+            f"  %{name}_bits = call {bits} @llvm.masked.load.v{numbers.count}{numbers.bits}.p0("
+            f"ptr %{name}_end, i32 {numbers.bytes}, <{numbers.count} x i1> %mask, {bits} zeroinitializer)\n"
+            f"  %{into} = bitcast {bits} %{name}_bits to {lanes}{made}"
+        )
     loads += [
         f"  %ahead{o} = getelementptr i8, ptr %o{o}_now, i64 %ahead\n"
         f"  call void @llvm.prefetch.p0(ptr %ahead{o}, i32 0, i32 2, i32 1)" for o in range(outs)
     ]
-    rest_loads = [
-        f"  %{name}_end = getelementptr bfloat, ptr %{name}_at, i64 %whole\n"
-        f"  %{name}_bits = call <32 x i16> @llvm.masked.load.v32i16.p0("
-        f"ptr %{name}_end, i32 2, <32 x i1> %mask, <32 x i16> zeroinitializer)\n"
-        f"  %{name}_r = bitcast <32 x i16> %{name}_bits to <32 x bfloat>" for name in operands
-    ]
     return "\n".join(loads), "\n".join(rest_loads)
 
 
-def _block(rows: int, outs: int) -> str:
-    """@block_RxO(x, weight, out, O, I, first row, first output, what to prefetch): 16 sums over the whole of I."""
-    loads, rest_loads = _loads(rows, outs)
-    each = range(LANES)
-    adding, total = lane_sums([f"%whole_sum{i}" for i in each])
+def _block(numbers: Numbers, rows: int, outs: int) -> str:
+    """@NAME_block_RxO(x, weight, out, O, I, first row, first output, what to prefetch): 16 sums over all of I."""
+    loads, rest_loads = _loads(numbers, rows, outs)
+    each, sums, counts = range(LANES), f"<16 x {numbers.sum}>", f"<{numbers.count} x i32>"
+    adding, total = lane_sums([f"%whole_sum{i}" for i in each], kind=numbers.sum)
     stores = "\n".join(
-        f"  %out{m}_v = shufflevector <16 x float> {total}, <16 x float> poison, "
+        f"  %out{m}_v = shufflevector {sums} {total}, {sums} poison, "
         f"{indices(list(range(m * outs, (m + 1) * outs)))}\n"
         f"  %out{m}_row = mul i64 %m{m}, %O\n"
         f"  %out{m}_item = add i64 %out{m}_row, %o0_first\n"
-        f"  %out{m}_at = getelementptr float, ptr %out, i64 %out{m}_item\n"
-        f"  store <{outs} x float> %out{m}_v, ptr %out{m}_at, align 4" for m in range(rows)
+        f"  %out{m}_at = getelementptr {numbers.sum}, ptr %out, i64 %out{m}_item\n"
+        f"  store <{outs} x {numbers.sum}> %out{m}_v, ptr %out{m}_at, align 4" for m in range(rows)
     )
     return f"""
-define internal void @block_{rows}x{outs}(
+define internal void @{numbers.name}_block_{rows}x{outs}(
   ptr noalias %m_data, ptr noalias %o_data, ptr noalias %out,
   i64 %O, i64 %I, i64 %m0_first, i64 %o0_first, i64 %ahead
 ) alwaysinline {{
 entry:
-{_pointers("m", rows)}
-{_pointers("o", outs)}
-  %whole = and i64 %I, {-PAIRS}
+{_pointers(numbers, "m", rows)}
+{_pointers(numbers, "o", outs)}
+  %whole = and i64 %I, {-numbers.count}
   %some = icmp sgt i64 %whole, 0
   br i1 %some, label %turn, label %end
 turn:
   %i = phi i64 [0, %entry], [%i_next, %turn]
-{chr(10).join(f"  %sum{i} = phi <16 x float> [zeroinitializer, %entry], [%more{i}, %turn]" for i in each)}
+{chr(10).join(f"  %sum{i} = phi {sums} [zeroinitializer, %entry], [%more{i}, %turn]" for i in each)}
 {loads}
-{_products(rows, outs, "sum", "more", "_v")}
-  %i_next = add i64 %i, {PAIRS}
+{_products(numbers, rows, outs, "sum", "more", "_v")}
+  %i_next = add i64 %i, {numbers.count}
   %again = icmp slt i64 %i_next, %whole
   br i1 %again, label %turn, label %end
 end:
-{chr(10).join(f"  %so_far{i} = phi <16 x float> [zeroinitializer, %entry], [%more{i}, %turn]" for i in each)}
+{chr(10).join(f"  %so_far{i} = phi {sums} [zeroinitializer, %entry], [%more{i}, %turn]" for i in each)}
   %rest = sub i64 %I, %whole
   %none = icmp eq i64 %rest, 0
   br i1 %none, label %add, label %last
 last:
   %rest_short = trunc i64 %rest to i32
-  %rest_lane = insertelement <32 x i32> poison, i32 %rest_short, i64 0
-  %rest_lanes = shufflevector <32 x i32> %rest_lane, <32 x i32> poison, <32 x i32> zeroinitializer
-  %mask = icmp ult {indices(list(range(PAIRS)))}, %rest_lanes
+  %rest_lane = insertelement {counts} poison, i32 %rest_short, i64 0
+  %rest_lanes = shufflevector {counts} %rest_lane, {counts} poison, {counts} zeroinitializer
+  %mask = icmp ult {indices(list(range(numbers.count)))}, %rest_lanes
 {rest_loads}
-{_products(rows, outs, "so_far", "with_rest", "_r")}
+{_products(numbers, rows, outs, "so_far", "with_rest", "_r")}
   br label %add
 add:
-{chr(10).join(f"  %whole_sum{i} = phi <16 x float> [%so_far{i}, %end], [%with_rest{i}, %last]" for i in each)}
+{chr(10).join(f"  %whole_sum{i} = phi {sums} [%so_far{i}, %end], [%with_rest{i}, %last]" for i in each)}
 {adding}
 {stores}
   ret void
@@ -125,14 +184,14 @@ add:
 """
 
 
-def _tiles(rows: int, outs: int) -> str:
-    """@tiles_RxO: all rows of the outputs [begin, end). Blocks at an edge are moved back: they compute some twice."""
+def _tiles(numbers: Numbers, rows: int, outs: int) -> str:
+    """@NAME_RxO: all rows of the outputs [begin, end). Blocks at an edge are moved back: they compute some twice."""
     return f"""
-define internal void @tiles_{rows}x{outs}({TILES}) noinline {{
+define internal void @{numbers.name}_{rows}x{outs}({TILES}) noinline {{
 entry:
   %row_last = sub i64 %T, {rows}
   %out_last = sub i64 %O, {outs}
-  %tile_bytes = mul i64 %I, {2 * TILE}
+  %tile_bytes = mul i64 %I, {numbers.bytes * TILE}
   br label %tile
 tile:
   %first = phi i64 [%begin, %entry], [%first_next, %tile_end]
@@ -146,7 +205,7 @@ rows:
 outs:
   %o = phi i64 [%first, %rows], [%o_next, %outs]
   %o_at = call i64 @llvm.smin.i64(i64 %o, i64 %out_last)
-  call void @block_{rows}x{outs}(
+  call void @{numbers.name}_block_{rows}x{outs}(
     ptr %x, ptr %weight, ptr %out, i64 %O, i64 %I, i64 %row_at, i64 %o_at, i64 %tile_bytes
   )
   %o_next = add i64 %o, {outs}
@@ -165,14 +224,14 @@ exit:
 """
 
 
-def _chunk() -> str:
+def _chunk(numbers: Numbers) -> str:
     """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
     calls = "\n".join(
-        f"case{rows}:\n  call void @tiles_{rows}x{outs}({TILES})\n  ret void"
+        f"case{rows}:\n  call void @{numbers.name}_{rows}x{outs}({TILES})\n  ret void"
         for rows, outs in BLOCKS
     )
     return f"""
-define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
+define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk) {{
 {loaded(WORDS)}
   %chunk_next = add i64 %chunk, 1
   %a = mul i64 %chunk, %tiles
@@ -192,10 +251,10 @@ some:
 """
 
 
-def _setup() -> str:
+def _setup(numbers: Numbers) -> str:
     """@NAME_setup: fills the operands from the frame; how many chunks there are."""
     return f"""
-define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
+define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %x_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 0)
   %weight_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 1)
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)

@@ -1,5 +1,6 @@
 """Compiles native kernels for this host, once a process, and makes them known to XLA.
 
+Kernels come in two sets, each compiled when it is first asked for: "plain", and "packed" for packed weights.
 Invariant: a target's name carries a digest of its IR, so a compiled program that was stored with another version of a
 kernel is never run with this one.
 """
@@ -14,25 +15,18 @@ import os
 import platform
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 
-from kernels_pallas.native import attend, dot, runtime, vectors
+from kernels_pallas.native import attend, dot, packed, runtime, vectors
 
 FEATURE = "avx512bf16"
 SWITCH = "KERNELS_PALLAS_NATIVE"      # environment: 0 or off leaves everything to XLA
-KERNELS = (dot, attend)
+KernelSet = Literal["plain", "packed"]
 
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Native:
-    """Kernels that are compiled and registered: names of XLA's targets by kernel."""
-
-    targets: Mapping[str, str]
 
 
 @functools.cache
@@ -53,20 +47,34 @@ def refusals() -> tuple[str, ...]:
     return ()
 
 
-def native() -> Native:
-    """Compiles and registers, the first time, which takes a second; call only where `refusals()` is empty."""
+def targets(kernels: KernelSet = "plain") -> Mapping[str, str]:
+    """XLA's names of a set's kernels, by their own.
+
+    Compiles and registers them the first time, which takes a second; call only where `refusals()` is empty.
+    """
     with _lock:
-        return _native()
+        return _targets(kernels)
 
 
 @functools.cache
-def _native() -> Native:
+def _targets(kernels: KernelSet) -> Mapping[str, str]:
+    names, text = _plain() if kernels == "plain" else _packed()
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    addresses = _compile(text, names)
+    found = {}
+    for name in names:
+        found[name] = f"{name}_{digest}"
+        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(addresses[name])
+        jax.ffi.register_ffi_target(found[name], jax.ffi.pycapsule(function), platform="cpu")
+    return found
+
+
+def _compile(text: str, names: list[str]) -> dict[str, int]:
+    """Where the machine code of each function begins."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    text = _text()
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     module = llvm.parse_assembly(text)
     module.verify()
     target = llvm.Target.from_default_triple().create_target_machine(
@@ -76,23 +84,29 @@ def _native() -> Native:
     builder.getModulePassManager().run(module, builder)
     engine = llvm.create_mcjit_compiler(module, target)
     engine.finalize_object()
-    targets = {}
-    for kernel in KERNELS:
-        targets[kernel.NAME] = f"{kernel.NAME}_{digest}"
-        address = ctypes.c_void_p(engine.get_function_address(kernel.NAME))
-        function = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address.value)
-        jax.ffi.register_ffi_target(targets[kernel.NAME], jax.ffi.pycapsule(function), platform="cpu")
+    addresses = {name: engine.get_function_address(name) for name in names}
     engine.detach()     # XLA knows the functions for good: their code must outlive every Python object
-    return Native(targets)
+    return addresses
 
 
 def _header() -> Path:
     return Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
 
 
-def _text() -> str:
+def _plain() -> tuple[list[str], str]:
+    kernels = {dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), attend.NAME: attend.kernel()}
+    return list(kernels), _module([vectors.power_of_two()], kernels)
+
+
+def _packed() -> tuple[list[str], str]:
+    kernels = {spelling.name: packed.variant(spelling) for spelling in packed.VARIANTS}
+    kernels[dot.INT8.name] = dot.kernel(dot.INT8)
+    return list(kernels), _module([packed.shared()], kernels)
+
+
+def _module(shared: list[str], kernels: Mapping[str, str]) -> str:
     functions, version = runtime.header(_header())
-    parts = [runtime.DECLARATIONS, runtime.ARGUMENTS, vectors.DECLARATIONS, vectors.power_of_two()]
-    for kernel in KERNELS:
-        parts += [kernel.kernel(), runtime.handler(kernel.NAME, functions, version)]
+    parts = [runtime.DECLARATIONS, runtime.ARGUMENTS, vectors.DECLARATIONS, *shared]
+    for name, text in kernels.items():
+        parts += [text, runtime.handler(name, functions, version)]
     return "\n".join(parts)

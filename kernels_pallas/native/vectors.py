@@ -25,9 +25,10 @@ def indices(values: list[int]) -> str:
     return f"<{len(values)} x i32> <{', '.join(f'i32 {value}' for value in values)}>"
 
 
-def lane_sums(names: list[str], prefix: str = "fold") -> tuple[str, str]:
+def lane_sums(names: list[str], prefix: str = "fold", kind: str = "float") -> tuple[str, str]:
     """IR that adds up the lanes of 16 registers, and the name of the one whose lane j is the sum of the j-th."""
     lines, step = [], LANES // 2
+    add, lanes = "fadd" if kind == "float" else "add", f"<16 x {kind}>"
     while step:
         folded = []
         for first, second in zip(names[:step], names[step:], strict=True):
@@ -36,9 +37,9 @@ def lane_sums(names: list[str], prefix: str = "fold") -> tuple[str, str]:
             high = [lane + step for lane in low]
             name = f"%{prefix}{step}_{len(folded)}"
             lines.append(
-                f"  {name}_l = shufflevector <16 x float> {first}, <16 x float> {second}, {indices(low)}\n"
-                f"  {name}_h = shufflevector <16 x float> {first}, <16 x float> {second}, {indices(high)}\n"
-                f"  {name} = fadd <16 x float> {name}_l, {name}_h"
+                f"  {name}_l = shufflevector {lanes} {first}, {lanes} {second}, {indices(low)}\n"
+                f"  {name}_h = shufflevector {lanes} {first}, {lanes} {second}, {indices(high)}\n"
+                f"  {name} = {add} {lanes} {name}_l, {name}_h"
             )
             folded.append(name)
         names, step = folded, step // 2
