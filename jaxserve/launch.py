@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
@@ -29,11 +29,25 @@ from jaxserve.start_report import StartReport, size
 if TYPE_CHECKING:
     import jax
 
+    from jaxserve.quantization import online
+    from jaxserve.quantization.formats.scheme import Scheme
+    from jaxserve.quantization.packing import Packing
     from jaxserve.runner.runner import Runner
     from jaxserve.runner.setup import DraftSetup, RunnerSetup
     from jaxserve.runner.trace import Tracer
 
 logger = logging.getLogger("jaxserve.start")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightPlan:
+    """Where a model's weights are, and which of them are kept packed; `line` says so to people."""
+
+    spec: ModelSpec
+    folder: Path
+    packing: Packing
+    scheme: Scheme | None
+    line: str
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,12 +129,14 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
 
         spec = read_spec(folder, config.model.hf_overrides)
         mesh, dtype = _place(config, spec)
+        weights, draft_weights = _weights(config, spec, folder, mesh), None
         draft = None if drafting is None else _draft(config, spec, folder, drafting)
-        setup = _plan(config, spec, mesh, dtype, draft)
-        params = _params(config, spec, folder, mesh, dtype, progress)
-        draft_params = None
         if draft is not None and drafting is not None:
-            draft_params = _params(config, draft.spec, drafting, mesh, dtype, progress)
+            draft_weights = _weights(config, draft.spec, drafting, mesh, is_draft=True)
+        setup = _plan(config, spec, mesh, dtype, weights, draft, draft_weights)
+        params, draft_params = _params(config, weights, mesh, dtype, progress), None
+        if draft_weights is not None:
+            draft_params = _params(config, draft_weights, mesh, dtype, progress)
     with _phase(progress, seconds, "compiling", "compile"):
         from jaxserve.runner.runner import Runner
 
@@ -132,7 +148,7 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
         runner, config=scheduler, cache=config.cache, clock=MonotonicClock(),
         speculation=_speculation(config, runner) if drafting is not None else None,
     )
-    report = _report(config, spec, setup, runner, dtype, seconds)
+    report = _report(config, setup, runner, dtype, seconds, weights, draft_weights)
     return LocalEngine(
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
         _progress=progress,
@@ -167,7 +183,7 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
     if size > 1:
         want_cpu_devices(size)
     mesh = make_mesh(jax.devices(), size, has_whole_experts=has_whole_experts)
-    native.prepare(is_packed=config.model.quantization is not None)
+    native.prepare()
     dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
     if remark:
         logger.warning("%s", remark)
@@ -203,17 +219,56 @@ def _speculation(config: EngineConfig, runner: Runner) -> ModelSpeculation:
     return ModelSpeculation(config.scheduler.speculative_config, runner)
 
 
+def _weights(
+    config: EngineConfig, spec: ModelSpec, folder: Path, mesh: jax.sharding.Mesh, *, is_draft: bool = False
+) -> WeightPlan:
+    """Which parameters will be packed. Raises ConfigError where --quantization and the checkpoint disagree."""
+    from jaxserve.models.hf import read_config
+    from jaxserve.quantization import online
+    from jaxserve.quantization.formats.registry import find_scheme
+    from jaxserve.weights.loader import open_checkpoint
+    from jaxserve.weights.packed import decoded_count, plan
+    from kernels_pallas.native import api as native
+
+    asked = config.model.quantization
+    scheme = find_scheme(folder, read_config(folder, {} if is_draft else config.model.hf_overrides))
+    is_online = asked in get_args(online.Method)
+    if scheme is None:
+        if asked is not None and not is_online and not is_draft:
+            raise ConfigError(
+                f"quantization {asked}: the checkpoint is not quantised so (its config.json has no "
+                "quantization_config that says it); leave the flag away"
+            )
+        packing = online.packing(spec, cast("online.Method", asked), mesh) if is_online else {}
+        line = f"{asked}: {len(packing)} matrices" if packing else ""
+    else:
+        if asked not in (None, scheme.method) and not is_draft:
+            raise ConfigError(
+                f"quantization {asked}: the checkpoint is quantised by {scheme.method}; leave the flag away"
+            )
+        if config.load.load_format == "dummy":
+            raise ConfigError(f"load-format dummy: a checkpoint in {scheme.method} has no dummy weights; use its own")
+        assemblies = open_checkpoint(spec, folder, config.load.load_format, scheme)
+        packing = plan(spec, mesh, assemblies)
+        decoded = decoded_count(assemblies, packing)
+        line = f"{scheme.method}: {len(packing)} matrices" + (f", {decoded} decoded while loading" if decoded else "")
+    if packing:
+        native.prepare(is_packed=True)
+    return WeightPlan(spec=spec, folder=folder, packing=packing, scheme=scheme, line=line)
+
+
 def _plan(
-    config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str, draft: DraftSetup | None
+    config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str, weights: WeightPlan,
+    draft: DraftSetup | None, draft_weights: WeightPlan | None,
 ) -> RunnerSetup:
     from jaxserve.models.decoder import abstract_params
     from jaxserve.models.draft import check_length
     from jaxserve.runner.start import plan_memory
 
-    params = abstract_params(spec, dtype, mesh, config.model.quantization)
-    if draft is None:
+    params = abstract_params(spec, dtype, mesh, weights.packing)
+    if draft is None or draft_weights is None:
         return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config)
-    draft_params = abstract_params(draft.spec, dtype, mesh, config.model.quantization)
+    draft_params = abstract_params(draft.spec, dtype, mesh, draft_weights.packing)
     setup = plan_memory(
         spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, draft=draft, draft_params=draft_params
     )
@@ -222,16 +277,16 @@ def _plan(
 
 
 def _params(
-    config: EngineConfig, spec: ModelSpec, folder: Path, mesh: jax.sharding.Mesh, dtype: str, progress: ProgressPort
+    config: EngineConfig, weights: WeightPlan, mesh: jax.sharding.Mesh, dtype: str, progress: ProgressPort
 ) -> dict[str, Any]:
     if config.load.load_format == "dummy":
         from jaxserve.weights.random import random_params
 
-        return random_params(spec, mesh, dtype, config.model.seed, config.model.quantization)
+        return random_params(weights.spec, mesh, dtype, config.model.seed, weights.packing)
     from jaxserve.weights.loader import load_params
 
     return load_params(
-        spec, folder, mesh, dtype, progress, config.load.load_format, config.model.quantization
+        weights.spec, weights.folder, mesh, dtype, progress, config.load.load_format, weights.packing, weights.scheme
     )
 
 
@@ -251,7 +306,8 @@ def _info(config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, dtype: str)
 
 
 def _report(
-    config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, runner: Runner, dtype: str, seconds: dict[str, float]
+    config: EngineConfig, setup: RunnerSetup, runner: Runner, dtype: str, seconds: dict[str, float],
+    weights: WeightPlan, draft_weights: WeightPlan | None,
 ) -> StartReport:
     import math
 
@@ -259,7 +315,7 @@ def _report(
 
     from jaxserve.models.decoder import abstract_params
 
-    memory, devices = setup.memory, setup.devices
+    memory, devices, spec = setup.memory, setup.devices, setup.spec
     stats, buckets = runner.compile_stats, setup.buckets
     return StartReport(
         model=config.model.model, family=spec.family,
@@ -271,11 +327,12 @@ def _report(
         row_count=setup.shape.row_count, tokens_max=buckets.tokens_max,
         buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
         compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest in the background",
-        draft="" if setup.draft is None else _draft_line(config, setup, dtype), seconds=seconds,
+        draft="" if draft_weights is None else _draft_line(config, setup, dtype, draft_weights),
+        quantization=weights.line, seconds=seconds,
     )
 
 
-def _draft_line(config: EngineConfig, setup: RunnerSetup, dtype: str) -> str:
+def _draft_line(config: EngineConfig, setup: RunnerSetup, dtype: str, weights: WeightPlan) -> str:
     """The draft model and what it takes, for people."""
     import jax
 
@@ -283,10 +340,10 @@ def _draft_line(config: EngineConfig, setup: RunnerSetup, dtype: str) -> str:
 
     assert setup.draft is not None and config.scheduler.speculative_config is not None
     spec, shape = setup.draft.spec, setup.shape
-    leaves = jax.tree.leaves(abstract_params(spec, dtype, quantization=config.model.quantization))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    leaves = jax.tree.leaves(abstract_params(spec, dtype, setup.mesh, weights.packing))
+    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     pages = shape.groups[0].page_count * spec.kv_groups[0].page_bytes(shape.page_size, setup.dtype.itemsize)
     return (
         f"{config.scheduler.speculative_config.model} ({spec.family}, {len(spec.layers)} layers): "
-        f"{size(weights)} of the weights, {size(pages)} of the KV pages"
+        f"{size(weight_bytes)} of the weights, {size(pages)} of the KV pages"
     )

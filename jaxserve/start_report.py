@@ -30,6 +30,7 @@ class StartReport:
     tokens_max: int
     buckets: str
     compiled: str
+    quantization: str = ""                      # how weights are packed, and how many
     draft: str = ""                             # the draft model and its share of weights and pages
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -38,7 +39,7 @@ class StartReport:
         return [
             ("model", f"{self.model} ({self.family}, {self.parameter_count / 1e6:,.1f} M parameters, {self.dtype})"),
             ("devices", f"{self.devices}, mesh {self.mesh}"),
-            ("weights", size(self.weight_bytes)),
+            ("weights", size(self.weight_bytes) + (f" ({self.quantization})" if self.quantization else "")),
             ("step temporaries", size(self.temporary_bytes)),
             *((name, f"{size(count)}: {sizes}") for name, count, sizes in self.pools),
             *([("draft model", self.draft)] if self.draft else []),

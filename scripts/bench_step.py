@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import read_spec
+from jaxserve.quantization import online
 from jaxserve.runner.compile import Executable, Program
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.start import plan_memory
@@ -99,16 +101,17 @@ def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, floa
         cache=CacheConfig(kv_cache_memory_bytes=options.kv_cache_memory_bytes),
         compilation=CompilationConfig(compilation_cache_dir=options.compilation_cache_dir),
     )
+    packing = None if options.quantization is None else online.packing(spec, options.quantization, mesh)
     began = time.perf_counter()
     setup = plan_memory(
-        spec=spec, params=abstract_params(spec, dtype, mesh, options.quantization), mesh=mesh, dtype=dtype,
+        spec=spec, params=abstract_params(spec, dtype, mesh, packing), mesh=mesh, dtype=dtype,
         config=config,
     )
     planned = time.perf_counter()
     if options.load_format == "dummy":
-        params = random_params(spec, mesh, dtype, quantization=options.quantization)
+        params = random_params(spec, mesh, dtype, packing=packing)
     else:
-        params = load_params(spec, folder, mesh, dtype, quantization=options.quantization)
+        params = load_params(spec, folder, mesh, dtype, packing=packing)
     loaded = time.perf_counter()
     runner = Runner.create(setup=setup, params=params)
     runner.compile_serving_set(NoProgress())
@@ -261,7 +264,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--quantization", choices=("int8",), default=None)
+    parser.add_argument("--quantization", choices=get_args(online.Method), default=None)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=30)

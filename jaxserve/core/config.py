@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+# The first two pack an unquantised checkpoint; the others are what a checkpoint may be in.
+Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -20,7 +23,7 @@ class ModelConfig:
     hf_token: str | None = None
     hf_overrides: dict[str, object] = field(default_factory=dict)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantization: Literal["int8"] | None = None
+    quantization: Quantization | None = None    # None: as the checkpoint is
     max_model_len: int | None = None            # None: as much as fits, at most the model's own
     seed: int = 0
     skip_tokenizer_init: bool = False

@@ -7,7 +7,9 @@ Invariant: each flag fills exactly one field, and every field of the configurati
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from jaxserve.core.config import Quantization
 
 Kind = Literal["text", "texts", "int", "float", "bool", "length", "bytes", "json"]
 
@@ -56,8 +58,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("hf-overrides", "model", "json", "attributes of config.json to replace, as JSON or --hf-overrides.NAME VALUE"),
     Flag("dtype", "model", "text", "type to compute in; auto: the checkpoint's, but bfloat16 for float32",
          choices=_DTYPES),
-    Flag("quantization", "model", "text", "weights of an unquantised checkpoint in 8 bits (dynamic 8-bit activations)",
-         choices=("int8",), nothing=("none",), short="-q"),
+    Flag("quantization", "model", "text",
+         "int8, fp8: pack an unquantised checkpoint's weights; others: what the checkpoint must be in",
+         choices=get_args(Quantization), nothing=("none",), short="-q"),
     Flag("max-model-len", "model", "length",
          "longest sequence, prompt and output; auto: as much as fits (8k is 8000, 8K 8192)",
          low=1, high=_BIG, nothing=("auto", "-1")),

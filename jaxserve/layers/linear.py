@@ -18,10 +18,10 @@ from kernels_pallas.lanes import ROWS_MAX, lane_matmul
 from kernels_pallas.native import api as native
 
 
-def matmul(x_TI: Array, weight_OI: Array | QTensor) -> Array:
-    """x · weightᵀ in float32."""
+def matmul(x_TI: Array, weight_OI: Array | QTensor, axis: str | None = None) -> Array:
+    """x · weightᵀ in float32, of what this device has of the inputs; `axis` is their logical name."""
     if isinstance(weight_OI, QTensor):
-        return weight_OI.matmul(x_TI)
+        return weight_OI.matmul(x_TI, axis)
     if native.serves_dot(weight_OI.dtype, weight_OI.shape[0]) and x_TI.dtype == weight_OI.dtype:
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=native.matmul, default=_dot)
     if weight_OI.dtype.itemsize == 2 and x_TI.shape[0] <= ROWS_MAX:
@@ -65,7 +65,7 @@ class Linear(nn.Module):
             self.bias_O = self.param("bias", init, (self.width_out,), self.dtype)
 
     def __call__(self, x_TI: Array) -> Array:
-        y_TO = collectives.total(matmul(x_TI, self.weight_OI), self.axes[1], self.dtype)
+        y_TO = collectives.total(matmul(x_TI, self.weight_OI, self.axes[1]), self.axes[1], self.dtype)
         if self.has_bias:
             y_TO = y_TO + self.bias_O.astype(jnp.float32)
         return y_TO.astype(self.dtype)

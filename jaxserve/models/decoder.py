@@ -29,7 +29,8 @@ from jaxserve.layers.mlp import DenseMlp
 from jaxserve.layers.moe import MixtureOfExperts
 from jaxserve.layers.norm import Normalise
 from jaxserve.layers.rope import Rotation, rotation
-from jaxserve.quantization import online
+from jaxserve.quantization import packing as packing_of
+from jaxserve.quantization.packing import Packing
 from jaxserve.sharding import rules
 from jaxserve.sharding.split import device_spec
 
@@ -179,15 +180,14 @@ def apply_layer(
 
 
 def abstract_params(
-    spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None, quantization: online.Method | None = None
+    spec: ModelSpec, dtype: DTypeLike, mesh: Mesh | None = None, packing: Packing | None = None
 ) -> dict[str, Any]:
-    """The parameter tree as shapes, dtypes and, given a mesh, placements; packed where `quantization` says so.
+    """The parameter tree as shapes, dtypes and, given a mesh, placements; packed where `packing` says so.
 
     It is *the* source for loading, dummy weights, memory planning and compiling. On several devices an axis holds
-    their parts one after the other (`sharding.split` says of which rows they are made). Raises ConfigError where the
-    method does not cover the model, or the devices cannot share it.
+    their parts one after the other (`sharding.split` says of which rows they are made). Raises ConfigError where
+    the devices cannot share it.
     """
-    online.check(spec, quantization)
     boxed = _boxed_params(spec if mesh is None else device_spec(spec, mesh), dtype)
 
     def place(box: meta.AxisMetadata) -> jax.ShapeDtypeStruct:
@@ -198,7 +198,7 @@ def abstract_params(
         return jax.ShapeDtypeStruct(shape, value.dtype, sharding=rules.sharding(mesh, box.names))
 
     plain = jax.tree.map(place, boxed, is_leaf=_is_box)
-    return online.packed(plain, quantization)
+    return packing_of.applied(plain, packing)
 
 
 def logical_axes(spec: ModelSpec) -> list[tuple[str | None, ...]]:

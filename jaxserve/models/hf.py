@@ -36,6 +36,8 @@ IGNORABLE = frozenset({
     "reorder_and_upcast_attn",
     # how training spread the experts; how many tokens more the training predicted (those layers stay unread)
     "ep_size", "num_nextn_predict_layers", "num_mtp_layers",
+    # how weights are stored: `jaxserve.quantization.formats` reads it
+    "quantization_config", "compression_config",
     # how a reference implementation computes the same
     "cache_implementation", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "use_parallel_embedding",
     # token ids and generation defaults: the text side reads them
@@ -72,7 +74,6 @@ IGNORABLE_AT: dict[str, tuple[object, ...]] = {
 
 # Refusals that deserve a sentence of their own.
 REASONS = {
-    "quantization_config": "quantised checkpoints are not read yet; use the unquantised model",
     "sliding_window": "this family is computed with full attention only",
 }
 

@@ -1,6 +1,6 @@
-"""What a packed matrix is on the host, whatever the format it was stored in: integer codes and what they stand for.
+"""What a packed matrix is on the host, whatever format it was stored in: integer codes and what they stand for.
 
-Formats (`quantization.formats`) make these from stored tensors; `quantization.packed` turns them into what devices keep.
+Formats (`quantization.formats`) make these from stored tensors; `quantization.packed` makes of them what devices keep.
 Knows numpy only. Invariant: `dequantised` is the format's own formula, in float32; it is the specification.
 """
 
@@ -14,7 +14,31 @@ import numpy as np
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
-Activations = Literal["none", "token", "static"]     # as they come, rounded by token, rounded by one stored scale
+# Rows as they come; rounded by their own largest value, or that of each group of inputs; by one stored scale.
+Activations = Literal["none", "token", "group", "static"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How a packed matrix is kept on devices; everything that a program's shapes depend on.
+
+    Attributes:
+      code: "int4", "int8", "lut4", "fp8" as `kernels_pallas.quantized_matmul` reads them; "w8a8": int8 on both sides.
+      group: inputs that share a scale; None: all of them.
+      scale: dtype of the scales, float16 or float32.
+      extra: beside the scales "zero", "offset", "table" (one an output), "shared table", or "none".
+      has_order: inputs are sorted by group first (act-order).
+      sparse_count: values that are added at single places.
+      activations: how rows are rounded before the product.
+    """
+
+    code: Literal["int4", "int8", "lut4", "fp8", "w8a8"]
+    group: int | None = None
+    scale: Literal["float16", "float32"] = "float32"
+    extra: Literal["zero", "offset", "table", "shared table", "none"] = "none"
+    has_order: bool = False
+    sparse_count: int = 0
+    activations: Activations = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

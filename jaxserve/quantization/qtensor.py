@@ -23,8 +23,8 @@ class QTensor(abc.ABC):
         """(out, in) of the matrix it stands for."""
 
     @abc.abstractmethod
-    def matmul(self, x_TI: Array) -> Array:
-        """x · weightᵀ, float32 [T, O]."""
+    def matmul(self, x_TI: Array, axis: str | None = None) -> Array:
+        """x · weightᵀ, float32 [T, O]; `axis` is the logical name of the inputs, which devices may share."""
 
     @abc.abstractmethod
     def take(self, id_T: Array) -> Array:

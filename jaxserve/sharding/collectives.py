@@ -33,6 +33,12 @@ def total(x: Array, axis: str | None, dtype: DTypeLike) -> Array:
     return jax.lax.psum(x.astype(dtype), names) if names else x
 
 
+def largest(x: Array, axis: str | None) -> Array:
+    """The largest over devices where `axis` is cut, element by element."""
+    names = _mesh_axes(axis)
+    return jax.lax.pmax(x, names) if names else x
+
+
 def rows_of_columns(x_BV: Array, axis: str, rows_axis: str) -> Array:
     """From all rows of this device's columns to all columns of its rows; `axis` and `rows_axis` are cut alike."""
     names = _mesh_axes(axis)

@@ -26,11 +26,15 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
-from jaxserve.quantization import int8, online
+from jaxserve.quantization import int8, online, packed
+from jaxserve.quantization.codes import Codes
+from jaxserve.quantization.formats.scheme import Scheme
+from jaxserve.quantization.packing import Packing, is_packed
 from jaxserve.sharding.split import Runs
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.folder import LoadFormat, read_folder
 from jaxserve.weights.mxfp4 import with_decoded
+from jaxserve.weights.packed import plan, stacked_codes, with_packed
 from jaxserve.weights.rules import Assembly, match
 from jaxserve.weights.shards import HostArray, Index, layouts, read_shard
 
@@ -42,47 +46,73 @@ CHUNK_BYTES = 1 << 20   # copied, then checked while still in the cache
 Source = TypeVar("Source")
 
 
+def open_checkpoint(
+    spec: ModelSpec, folder: Path, load_format: LoadFormat = "auto", scheme: Scheme | None = None
+) -> list[Assembly]:
+    """Where each parameter of the model comes from; reads names and shapes only."""
+    stored = with_packed(with_decoded(read_folder(folder, load_format)), scheme)
+    return match(abstract_params(spec, np.float32), family(spec.family).weights(spec), stored)
+
+
 def load_params(
     spec: ModelSpec, folder: Path, mesh: Mesh, dtype: DTypeLike, progress: ProgressPort | None = None,
-    load_format: LoadFormat = "auto", quantization: online.Method | None = None,
+    load_format: LoadFormat = "auto", packing: Packing | None = None, scheme: Scheme | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint folder, in `dtype` or packed, on the mesh."""
-    abstract = abstract_params(spec, dtype, mesh, quantization)
-    assemblies = match(
-        abstract_params(spec, dtype), family(spec.family).weights(spec), with_decoded(read_folder(folder, load_format))
-    )
+    """The parameters of a checkpoint folder on the mesh, in `dtype` but for those that `packing` names.
+
+    Args:
+      scheme: the format of a quantised checkpoint; without a packing, whatever can stay packed does.
+    """
+    assemblies = open_checkpoint(spec, folder, load_format, scheme)
+    if packing is None:
+        packing = plan(spec, mesh, assemblies)
+    abstract = abstract_params(spec, dtype, mesh, packing)
     # What is packed is packed from float32, not from values rounded to `dtype` first.
-    leaves = jax.tree.leaves(abstract, is_leaf=online.is_packed)
     assemblies = [
-        replace(assembly, abstract=jax.ShapeDtypeStruct(assembly.abstract.shape, np.float32))
-        if online.is_packed(leaf) else assembly for assembly, leaf in zip(assemblies, leaves, strict=True)
+        replace(assembly, abstract=jax.ShapeDtypeStruct(
+            assembly.abstract.shape, np.float32 if assembly.path in packing else np.dtype(dtype)
+        )) for assembly in assemblies
     ]
     total = sum(assembly.abstract.size * assembly.abstract.dtype.itemsize for assembly in assemblies)
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
+        def codes(assembly: Assembly) -> Codes | None:
+            found = stacked_codes(assembly)
+            if found is not None:
+                advance(assembly.abstract.size * assembly.abstract.dtype.itemsize)
+            return found
+
         return place(
-            abstract, layouts(spec, mesh), assemblies, lambda assembly, index: read_slice(assembly, index, advance)
+            abstract, layouts(spec, mesh), assemblies, lambda assembly, index: read_slice(assembly, index, advance),
+            codes,
         )
 
 
 def place(
     abstract: Any, layouts_: Iterable[tuple[Runs, ...]], sources: Iterable[Source],
-    read: Callable[[Source, Index], HostArray],
+    read: Callable[[Source, Index], HostArray], codes: Callable[[Source], Codes | None] = lambda _: None,
 ) -> dict[str, Any]:
     """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time.
 
     `read` gives slices of the whole parameter, which a layout makes a device's slice of. A packed leaf is made of the
-    rows of its plain matrix.
+    codes of its source; where it has none, of its plain matrix.
     """
-    leaves, tree = jax.tree.flatten(abstract, is_leaf=online.is_packed)
+    leaves, tree = jax.tree.flatten(abstract, is_leaf=is_packed)
 
-    def make(leaf: jax.ShapeDtypeStruct | int8.Int8Tensor, layout: tuple[Runs, ...], source: Source) -> Any:
+    def make(leaf: Any, layout: tuple[Runs, ...], source: Source) -> Any:
         def shard(index: Index) -> HostArray:
             return read_shard(layout, index, lambda whole: read(source, whole), aligned_empty)
 
+        if not is_packed(leaf):
+            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
+            return array.block_until_ready()       # frees the host slice before the next one is assembled
+        found = codes(source)
         if isinstance(leaf, int8.Int8Tensor):
-            return int8.make(leaf, lambda rows: shard((rows, slice(None))), aligned_empty)
-        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
-        return array.block_until_ready()       # frees the host slice before the next one is assembled
+            if found is None:
+                return int8.make(leaf, lambda rows: shard((rows, slice(None))), aligned_empty)
+            return int8.adopt(leaf, found, layout, _cut)     # type: ignore[arg-type]
+        if found is None:
+            found = online.float_codes(read(source, (slice(None), slice(None))).astype(np.float32))
+        return packed.make(leaf, found, layout, _cut, aligned_empty)     # type: ignore[arg-type]
 
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="weights") as pool:
         futures = [pool.submit(make, *of_leaf) for of_leaf in zip(leaves, layouts_, sources, strict=True)]
@@ -92,6 +122,11 @@ def place(
             for future in futures:
                 future.cancel()
             raise
+
+
+def _cut(whole: HostArray, layout: tuple[Runs, ...]) -> Callable[[Index], HostArray]:
+    """Devices' slices of an array in memory."""
+    return lambda index: read_shard(layout, index, lambda at: whole[at], aligned_empty)
 
 
 def read_slice(assembly: Assembly, index: Index, advance: Advance) -> HostArray:

@@ -16,9 +16,8 @@ from jax.typing import DTypeLike
 
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.models.decoder import abstract_params
-from jaxserve.quantization import online
+from jaxserve.quantization.packing import Packing, path_of
 from jaxserve.weights.loader import aligned_empty, place
-from jaxserve.weights.rules import parameter_path
 from jaxserve.weights.shards import HostArray, Index, layouts
 
 POOL_SIZE = 4_194_301    # a prime: rows of no usual width repeat in step with it
@@ -26,13 +25,13 @@ DEVIATION = 0.02         # what models are initialised with
 
 
 def random_params(
-    spec: ModelSpec, mesh: Mesh, dtype: DTypeLike, seed: int = 0, quantization: online.Method | None = None
+    spec: ModelSpec, mesh: Mesh, dtype: DTypeLike, seed: int = 0, packing: Packing | None = None
 ) -> dict[str, Any]:
     """A tree like a loaded one: norms are one, biases zero, the rest normal."""
-    abstract = abstract_params(spec, dtype, mesh, quantization)
+    abstract = abstract_params(spec, dtype, mesh, packing)
     pool = (np.random.default_rng(seed).standard_normal(POOL_SIZE, np.float32) * DEVIATION).astype(dtype)
     plain = jax.tree_util.tree_leaves_with_path(abstract_params(spec, dtype))
-    leaves = [(parameter_path(path), leaf) for path, leaf in plain]
+    leaves = [(path_of(path), leaf) for path, leaf in plain]
     return place(abstract, layouts(spec, mesh), leaves, lambda named, index: _read(pool, *named, index))
 
 

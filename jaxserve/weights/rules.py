@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxserve.core.errors import WeightsError
 from jaxserve.models.weight_map import Section, Stacked, View, WeightMap
+from jaxserve.quantization.packing import path_of
 from jaxserve.weights.files import StoredTensor
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -57,11 +58,6 @@ class _Place:
     shape: tuple[int, ...]
 
 
-def parameter_path(path: tuple[Any, ...]) -> str:
-    """A jax key path as the weight maps write it: "layers_0/mlp/down/weight"."""
-    return "/".join(str(key.key) for key in path)
-
-
 def match(abstract: Any, weight_map: WeightMap, stored: Mapping[str, StoredTensor]) -> list[Assembly]:
     """The blocks of every parameter, in the tree's order."""
     there = _without_prefix(stored, weight_map.prefixes)
@@ -70,7 +66,7 @@ def match(abstract: Any, weight_map: WeightMap, stored: Mapping[str, StoredTenso
     wrong: dict[str, None] = {}
     assemblies: list[Assembly] = []
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        path = parameter_path(key_path)
+        path = path_of(key_path)
         blocks: list[Block] = []
         for place in _places(weight_map.sources[path], leaf.shape, path):
             name = place.section.name

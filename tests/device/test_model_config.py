@@ -118,7 +118,6 @@ def test_qwen2_windows() -> None:
     ("fields", "named"),
     [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints"),
         ({"hidden_act": "xielu"}, "xielu"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"sliding_window": 4096}, "full attention only"),

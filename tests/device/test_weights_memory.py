@@ -17,7 +17,7 @@ import pytest
 
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family, spec_from_config
-from jaxserve.weights.rules import parameter_path
+from jaxserve.quantization.packing import path_of
 from jaxserve.weights.safetensors import write_file
 
 # Anonymous memory only: pages of the mapped file belong to the kernel, which takes them back when it wants.
@@ -108,7 +108,7 @@ def synthetic(folder: Path, layer_count: int, dtype: Any = ml_dtypes.bfloat16) -
     sources = family(spec.family).weights(spec).sources
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(spec, jnp.bfloat16)):
-        for section in sources[parameter_path(path)]:
+        for section in sources[path_of(path)]:
             # Untouched zeros take no memory until they are written.
             tensors["model." + section.name] = np.zeros((section.rows or leaf.shape[0], *leaf.shape[1:]), dtype)
     write_file(folder / "model.safetensors", tensors)

@@ -1,0 +1,1 @@
+"""Readers of quantised weight formats, one file each: from stored tensors to `quantization.codes`."""

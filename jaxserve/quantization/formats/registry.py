@@ -1,0 +1,77 @@
+"""The table of quantised formats, and which one a checkpoint is in.
+
+Knows config.json and the files that older checkpoints have beside it. A format adds one line here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxserve.core.errors import ModelError, UnsupportedModelError
+from jaxserve.quantization.formats.awq import AwqScheme
+from jaxserve.quantization.formats.compressed_tensors import CompressedTensorsScheme
+from jaxserve.quantization.formats.fp8 import Fp8Scheme
+from jaxserve.quantization.formats.gptq import GptqScheme
+from jaxserve.quantization.formats.scheme import Scheme
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
+    "gptq": GptqScheme.parse,
+    "awq": AwqScheme.parse,
+    "fp8": Fp8Scheme.parse,
+    "compressed-tensors": CompressedTensorsScheme.parse,
+}
+# Read where they lie in the loader, without a scheme.
+ELSEWHERE = ("mxfp4",)
+# Files beside a config.json that says nothing, and what they mean.
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# auto-round names the layout, not the method.
+PACKINGS = {
+    "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
+}
+
+
+def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
+    """The format of a checkpoint, None where it is not quantised; `config` is config.json's content.
+
+    Raises UnsupportedModelError for other formats and settings.
+    """
+    content = config.get("quantization_config") or config.get("compression_config")
+    method = None
+    if content is None:
+        content, method = _beside(folder)
+    if content is None:
+        return None
+    if not isinstance(content, Mapping):
+        raise ModelError(f"config.json: quantization_config is {content!r}; expected an object")
+    method = content.get("quant_method", method)
+    if method in ("auto-round", "intel/auto-round"):
+        packing = content.get("packing_format")
+        if packing not in PACKINGS:
+            raise UnsupportedModelError(
+                f"quantization_config: packing_format {packing!r} of auto-round is not supported; supported are "
+                f"{', '.join(PACKINGS)}"
+            )
+        method = PACKINGS[packing]
+    if method in ELSEWHERE:
+        return None
+    if method not in FORMATS:
+        raise UnsupportedModelError(
+            f"quantization_config: quant_method {method!r} is not supported; supported are "
+            f"{', '.join((*FORMATS, *ELSEWHERE))}"
+        )
+    return FORMATS[method](content)
+
+
+def _beside(folder: Path) -> tuple[Any, str | None]:
+    """What older tools wrote into a file of its own."""
+    for name, method in BESIDE.items():
+        path = folder / name
+        if path.is_file():
+            try:
+                return json.loads(path.read_bytes()), method
+            except (ValueError, RecursionError) as error:
+                raise ModelError(f"{name} is not JSON: {error}") from error
+    return None, None

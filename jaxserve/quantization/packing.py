@@ -1,0 +1,52 @@
+"""Which matrices of a model are packed, and how: what turns the plain parameter tree into the one that is kept.
+
+Invariant: the packed tree has the paths of the plain one; a packed matrix is one node with the matrix's own path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxserve.quantization import int8, packed
+from jaxserve.quantization.codes import Form
+from jaxserve.quantization.qtensor import QTensor
+from jaxserve.sharding.split import Runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """One matrix: its form, and which of its inputs the devices have."""
+
+    form: Form
+    columns: Runs
+
+    def abstract(self, leaf: jax.ShapeDtypeStruct) -> QTensor:
+        """The packed matrix as shapes and placements, of the plain one over all devices."""
+        if self.form.code == "w8a8":
+            return int8.abstract(leaf, is_static=self.form.activations == "static")
+        return packed.abstract(self.form, leaf, self.columns)
+
+
+Packing = Mapping[str, Packed]      # parameter path -> how it is packed; others are plain
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """A jax key path as weight maps write it: "layers_0/mlp/down/weight"."""
+    return "/".join(str(key.key) for key in path)
+
+
+def applied(abstract: Any, packing: Packing | None) -> Any:
+    """The parameter tree as it is kept, from the plain one; both abstract."""
+    if not packing:
+        return abstract
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: packing[name].abstract(leaf) if (name := path_of(path)) in packing else leaf, abstract
+    )
+
+
+def is_packed(node: Any) -> bool:
+    return isinstance(node, QTensor)

@@ -1,0 +1,186 @@
+"""Packed modules of a checkpoint shown as the matrices they stand for, and which parameters stay packed.
+
+A format's several tensors (`q_proj.qweight`, `q_proj.scales`) become one, `q_proj.weight`, that looks like a float32
+matrix. A parameter whose parts are all packed alike is kept so; one that is cut, viewed or mixed otherwise (an expert,
+a head of latent attention, devices that would share a group) is decoded while it is loaded.
+Knows no format: `quantization.formats` does. Invariant: every tensor of a packed module is part of its matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.core.errors import WeightsError
+from jaxserve.core.model_spec import ModelSpec
+from jaxserve.quantization import packed
+from jaxserve.quantization.codes import Codes, FloatCodes, Form, GroupCodes, Host, IntCodes, TableCodes
+from jaxserve.quantization.formats.scheme import Scheme
+from jaxserve.quantization.packing import Packed, Packing
+from jaxserve.weights.files import StoredTensor
+from jaxserve.weights.rules import Assembly
+from jaxserve.weights.shards import layouts
+
+
+class PackedMatrix:
+    """Looks like a float32 array [O, I], and has the codes that it is made of."""
+
+    dtype = np.dtype(np.float32)
+    ndim = 2
+
+    def __init__(self, scheme: Scheme, module: str, stored: Mapping[str, Host]) -> None:
+        self._scheme, self._module, self._stored = scheme, module, stored
+        self.shape = scheme.shape(module, stored)
+        self.form = scheme.form(module, stored)
+
+    def codes(self) -> Codes:
+        """As the format reads them."""
+        return self._scheme.codes(self._module, self._stored)
+
+    def __getitem__(self, index: Any) -> Host:
+        return self.codes().dequantised()[index]
+
+    def reshape(self, shape: tuple[int, ...]) -> Host:
+        return self.codes().dequantised().reshape(shape)
+
+    @property
+    def T(self) -> Host:  # noqa: N802 (as numpy calls it)
+        return self.codes().dequantised().T
+
+
+def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> dict[str, StoredTensor]:
+    """The tensors with every packed module's replaced by the matrix that they are."""
+    if scheme is None:
+        return dict(stored)
+    names = dict.fromkeys(name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in scheme.marks)
+    if not names:
+        raise WeightsError(
+            f"config.json says that the weights are in {scheme.method}, but no tensor ends in "
+            f"{' or '.join('.' + mark for mark in scheme.marks)}"
+        )
+    found = dict(stored)
+    for module in names:
+        parts = {
+            suffix: found.pop(f"{module}.{suffix}") for suffix in scheme.suffixes if f"{module}.{suffix}" in found
+        }
+        data = PackedMatrix(scheme, module, {suffix: part.data for suffix, part in parts.items()})
+        file = next(iter(parts.values())).file
+        found[f"{module}.weight"] = StoredTensor(name=f"{module}.weight", file=file, data=data)     # type: ignore[arg-type]
+    return found
+
+
+def plan(spec: ModelSpec, mesh: Mesh, assemblies: list[Assembly]) -> Packing:
+    """The parameters that stay packed on the mesh's devices."""
+    found = {}
+    for assembly, layout in zip(assemblies, layouts(spec, mesh), strict=True):
+        form = _common_form(assembly)
+        if form is not None and packed.fits(form, layout[-1]):
+            found[assembly.path] = Packed(form=form, columns=layout[-1])
+    return found
+
+
+def decoded_count(assemblies: list[Assembly], packing: Packing) -> int:
+    """How many parameters are packed in the checkpoint, but not on the devices."""
+    return sum(
+        any(isinstance(block.tensor.data, PackedMatrix) for block in assembly.blocks) and assembly.path not in packing
+        for assembly in assemblies
+    )
+
+
+def _common_form(assembly: Assembly) -> Form | None:
+    """The form of all blocks of a parameter of the layers, where they can stand on each other as they are."""
+    first: PackedMatrix | None = None
+    sparse_count = 0
+    for block in assembly.blocks:
+        data = block.tensor.data
+        if not isinstance(data, PackedMatrix) or block.view is not None or block.shape != data.shape:
+            return None
+        if first is not None and replace(data.form, sparse_count=0) != replace(first.form, sparse_count=0):
+            return None
+        if first is not None and data.form.has_order and not np.array_equal(_order(first), _order(data)):
+            return None
+        first, sparse_count = first or data, sparse_count + data.form.sparse_count
+    if first is None or not assembly.path.startswith("layers_"):
+        return None
+    return replace(first.form, sparse_count=sparse_count)
+
+
+def _order(data: PackedMatrix) -> Host:
+    codes = data.codes()
+    assert isinstance(codes, GroupCodes) and codes.group_I is not None
+    return codes.group_I
+
+
+def stacked_codes(assembly: Assembly) -> Codes | None:
+    """The codes of a packed parameter whose blocks have a common form, one block under the other."""
+    if not isinstance(assembly.blocks[0].tensor.data, PackedMatrix):
+        return None
+    blocks = [block.tensor.data.codes() for block in assembly.blocks]     # type: ignore[attr-defined]
+    if len(blocks) == 1:
+        return blocks[0]
+    return _STACK[type(blocks[0])](blocks)
+
+
+def _stack_groups(blocks: list[GroupCodes]) -> GroupCodes:
+    first = blocks[0]
+    return GroupCodes(
+        code_OI=_rows(blocks, "code_OI"), bits=first.bits, scale_OG=_rows(blocks, "scale_OG"),
+        zero_OG=None if first.zero_OG is None else _rows(blocks, "zero_OG"),
+        offset_OG=None if first.offset_OG is None else _rows(blocks, "offset_OG"), group_I=first.group_I,
+    )
+
+
+def _stack_tables(blocks: list[TableCodes]) -> TableCodes:
+    outs = [len(block.code_OI) for block in blocks]
+    is_shared = len(blocks[0].table_ET) == 1
+    starts = np.cumsum([0, *outs[:-1]])
+    sparse = {} if blocks[0].value_N is None else {
+        "row_N": np.concatenate([block.row_N + start for block, start in zip(blocks, starts, strict=True)]),     # type: ignore[operator]
+        "column_N": _rows(blocks, "column_N"), "value_N": _rows(blocks, "value_N"),
+    }
+    scales = [
+        np.broadcast_to(block.scale_OG, (count, block.scale_OG.shape[1]))
+        for block, count in zip(blocks, outs, strict=True)
+    ]
+    return TableCodes(
+        code_OI=_rows(blocks, "code_OI"), table_ET=blocks[0].table_ET if is_shared else _rows(blocks, "table_ET"),
+        scale_OG=np.concatenate(scales), **sparse,
+    )
+
+
+def _stack_integers(blocks: list[IntCodes]) -> IntCodes:
+    return IntCodes(
+        code_OI=_rows(blocks, "code_OI"), scale_O=_rows(blocks, "scale_O"), activations=blocks[0].activations,
+        input_scale=_input_scale(blocks),
+    )
+
+
+def _stack_floats(blocks: list[FloatCodes]) -> FloatCodes:
+    """Blocks of rows need not end where matrices do: scales are written out for every row, columns stay in blocks."""
+    width = blocks[0].block[1]
+    scales = [
+        block.scale_AB[np.arange(len(block.bits_OI)) // block.block[0]] for block in blocks
+    ]
+    return FloatCodes(
+        bits_OI=_rows(blocks, "bits_OI"), scale_AB=np.concatenate(scales), block=(1, width),
+        activations=blocks[0].activations, input_scale=_input_scale(blocks),
+    )
+
+
+def _input_scale(blocks: list[Any]) -> float | None:
+    """One for all: joined matrices see the same rows, and the largest loses none of them."""
+    scales = [block.input_scale for block in blocks if block.input_scale is not None]
+    return max(scales, default=None)
+
+
+def _rows(blocks: list[Any], name: str) -> Host:
+    return np.concatenate([getattr(block, name) for block in blocks])
+
+
+_STACK: dict[type, Any] = {
+    GroupCodes: _stack_groups, TableCodes: _stack_tables, IntCodes: _stack_integers, FloatCodes: _stack_floats,
+}

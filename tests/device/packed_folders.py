@@ -1,0 +1,230 @@
+"""Tiny quantised checkpoints, and the plain ones that they stand for, by an oracle of their own.
+
+The oracle reads each stored code out of its column's (or row's) bits as one long number, and applies the format's
+formula to it: no line of it is shared with `jaxserve.quantization`. What formats do to activations is not in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxserve.weights.safetensors import write_file
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS, GROUP = 64, 4, 2, 16, 128, 96, 2, 32
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+    "vocab_size": VOCAB, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2,
+}
+MATRICES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH), "self_attn.k_proj": (KV_HEADS * HEAD_DIM, WIDTH),
+    "self_attn.v_proj": (KV_HEADS * HEAD_DIM, WIDTH), "self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (MLP, WIDTH), "mlp.up_proj": (MLP, WIDTH), "mlp.down_proj": (WIDTH, MLP),
+}
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)      # of the nibbles of a word, lowest first
+
+Host = np.ndarray[Any, np.dtype[Any]]
+Module = tuple[dict[str, Host], Host]       # stored tensors by suffix, and the float32 matrix
+Make = Callable[[np.random.Generator, int, int], Module]
+
+
+def write_folders(kind: str, folder: Path) -> tuple[Path, Path]:
+    """The quantised checkpoint and the plain one, as folders under `folder`."""
+    config, make = KINDS[kind]
+    rng = np.random.default_rng(7)
+    packed: dict[str, Host] = {"model.embed_tokens.weight": _floats(rng, (VOCAB, WIDTH), 0.5)}
+    packed["model.norm.weight"] = np.ones(WIDTH, np.float16)
+    plain = dict(packed)
+    for layer in range(LAYERS):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            name = f"model.layers.{layer}.{norm}.weight"
+            packed[name] = plain[name] = (1 + _floats(rng, (WIDTH,), 0.1)).astype(np.float16)
+        for part, (outs, ins) in MATRICES.items():
+            module = f"model.layers.{layer}.{part}"
+            stored, values = make(np.random.default_rng([len(part), outs, layer]), outs, ins)
+            packed |= {f"{module}.{suffix}": np.ascontiguousarray(array) for suffix, array in stored.items()}
+            plain[f"{module}.weight"] = values.astype(np.float32)
+    found = []
+    for name, tensors, extra in (("packed", packed, {"quantization_config": config}), ("plain", plain, {})):
+        into = folder / name
+        into.mkdir(parents=True)
+        write_file(into / "model.safetensors", tensors)
+        (into / "config.json").write_text(json.dumps({**CONFIG, **extra}))
+        found.append(into)
+    return found[0], found[1]
+
+
+def _floats(rng: np.random.Generator, shape: tuple[int, ...], size: float) -> Host:
+    return (rng.standard_normal(shape) * size).astype(np.float16)
+
+
+def _words(rng: np.random.Generator, shape: tuple[int, ...]) -> Host:
+    return rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+
+
+def _scales(rng: np.random.Generator, shape: tuple[int, ...], size: float, dtype: Any = np.float16) -> Host:
+    return ((0.5 + rng.random(shape)) * size).astype(dtype)
+
+
+def _number(words: Host) -> int:
+    """A string of words as one number, the first word lowest."""
+    return sum((int(word) & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(words))
+
+
+def _code(number: int, place: int, bits: int) -> int:
+    return (number >> (place * bits)) & ((1 << bits) - 1)
+
+
+def _gptq(
+    *, bits: int, group: int = GROUP, version: int = 1, is_shuffled: bool = False, has_index: bool = True
+) -> Make:
+    def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
+        size = ins if group == -1 else group
+        groups = ins // size
+        qweight, qzeros = _words(rng, (ins * bits // 32, outs)), _words(rng, (groups, outs * bits // 32))
+        scales = _scales(rng, (groups, outs), 0.3 / 2**bits)
+        index = np.arange(ins, dtype=np.int32) // size
+        if is_shuffled:     # q, k and v see one input, so they share an order
+            index = np.random.default_rng(ins).permutation(index).astype(np.int32)
+        values = np.empty((outs, ins), np.float32)
+        zeros = [_number(row) for row in qzeros]
+        for o in range(outs):
+            column = _number(qweight[:, o])
+            for i in range(ins):
+                zero = _code(zeros[index[i]], o, bits)
+                if version == 1:
+                    zero = (zero + 1) % 2**bits
+                values[o, i] = np.float32(scales[index[i], o]) * (_code(column, i, bits) - zero)
+        stored = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+        return (stored | {"g_idx": index}) if has_index else stored, values
+
+    return make
+
+
+def _awq(rng: np.random.Generator, outs: int, ins: int) -> Module:
+    qweight, qzeros = _words(rng, (ins, outs // 8)), _words(rng, (ins // GROUP, outs // 8))
+    scales, values = _scales(rng, (ins // GROUP, outs), 0.02), np.empty((outs, ins), np.float32)
+    for i, word, nibble in np.ndindex(ins, outs // 8, 8):
+        o, g = 8 * word + AWQ_OUTPUTS[nibble], i // GROUP
+        code, zero = (_code(int(words) & 0xFFFFFFFF, nibble, 4) for words in (qweight[i, word], qzeros[g, word]))
+        values[o, i] = np.float32(scales[g, o]) * (code - zero)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, values
+
+
+def _ct_packed(*, bits: int, is_symmetric: bool, group: int = GROUP) -> Make:
+    def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
+        size, middle = ins if group == -1 else group, 2 ** (bits - 1)
+        packed = _words(rng, (outs, ins * bits // 32))
+        scale = _scales(rng, (outs, ins // size), 0.3 / 2**bits, ml_dtypes.bfloat16)
+        zero_words = _words(rng, (outs * bits // 32, ins // size))
+        values = np.empty((outs, ins), np.float32)
+        zeros = [_number(zero_words[:, g]) for g in range(ins // size)]
+        for o in range(outs):
+            row = _number(packed[o])
+            for i in range(ins):
+                zero = 0 if is_symmetric else _code(zeros[i // size], o, bits) - middle
+                values[o, i] = np.float32(scale[o, i // size]) * (_code(row, i, bits) - middle - zero)
+        stored = {"weight_packed": packed, "weight_scale": scale, "weight_shape": np.array([outs, ins], np.int64)}
+        return stored if is_symmetric else (stored | {"weight_zero_point": zero_words}), values
+
+    return make
+
+
+def _ct_int8(*, is_static: bool = False) -> Make:
+    def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
+        weight, scale = rng.integers(-127, 128, (outs, ins)).astype(np.int8), _scales(rng, (outs, 1), 0.002, np.float32)
+        stored = {"weight": weight, "weight_scale": scale}
+        if is_static:
+            stored["input_scale"] = np.array([0.03], np.float32)
+        return stored, weight.astype(np.float32) * scale
+
+    return make
+
+
+def _fp8(*, scales: str, name: str, is_static: bool = False) -> Make:
+    def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
+        weight = (rng.standard_normal((outs, ins)) * 100).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+        block = {"tensor": (outs, ins), "channel": (1, ins), "block": (48, 32)}[scales]
+        shape = {"tensor": (1,), "channel": (outs, 1), "block": (-(-outs // 48), -(-ins // 32))}[scales]
+        scale, values = _scales(rng, shape, 0.001, np.float32), np.empty((outs, ins), np.float32)
+        for o, i in np.ndindex(outs, ins):
+            at = (0,) if scales == "tensor" else (o // block[0], i // block[1])
+            values[o, i] = np.float32(weight[o, i]) * scale[at]
+        stored = {"weight": weight, name: scale}
+        if is_static:
+            stored["input_scale"] = np.array([0.01], np.float32)
+        return stored, values
+
+    return make
+
+
+def _ct(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "config_groups": {"group_0": group | ({"input_activations": inputs} if inputs else {})}, "ignore": ["lm_head"],
+    }
+
+
+def _gptq_config(bits: int, group: int = GROUP, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": False, **more}
+
+
+BY_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
+KINDS: dict[str, tuple[dict[str, Any], Make]] = {
+    "gptq-4bit": (_gptq_config(4), _gptq(bits=4)),
+    "gptq-8bit": (_gptq_config(8), _gptq(bits=8)),
+    "gptq-3bit": (_gptq_config(3), _gptq(bits=3)),
+    "gptq-2bit": (_gptq_config(2), _gptq(bits=2)),
+    "gptq-v2": (_gptq_config(4, checkpoint_format="gptq_v2"), _gptq(bits=4, version=2)),
+    "gptq-channel": (_gptq_config(4, -1), _gptq(bits=4, group=-1, has_index=False)),
+    "gptq-desc_act": (_gptq_config(4, desc_act=True), _gptq(bits=4, is_shuffled=True)),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, _awq),
+    "ct-w4a16": (
+        _ct("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}),
+        _ct_packed(bits=4, is_symmetric=True),
+    ),
+    "ct-w4a16-asym": (
+        _ct("pack-quantized", {
+            "num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": False
+        }), _ct_packed(bits=4, is_symmetric=False),
+    ),
+    "ct-w8a16": (
+        _ct("pack-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+        _ct_packed(bits=8, is_symmetric=True, group=-1),
+    ),
+    "ct-w8a8": (_ct("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}, BY_TOKEN), _ct_int8()),
+    "ct-w8a8-static": (
+        _ct(
+            "int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"},
+            {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
+        ), _ct_int8(is_static=True),
+    ),
+    "ct-int8-weights": (_ct("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}), _ct_int8()),
+    "ct-fp8": (
+        _ct(
+            "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, BY_TOKEN | {"type": "float"}
+        ), _fp8(scales="channel", name="weight_scale"),
+    ),
+    "ct-fp8-static": (
+        _ct(
+            "float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"},
+            {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+        ), _fp8(scales="tensor", name="weight_scale", is_static=True),
+    ),
+    "fp8-block": (
+        {"quant_method": "fp8", "weight_block_size": [48, 32], "activation_scheme": "dynamic", "fmt": "e4m3"},
+        _fp8(scales="block", name="weight_scale_inv"),
+    ),
+    "fp8-tensor": (
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        _fp8(scales="tensor", name="weight_scale", is_static=True),
+    ),
+}

@@ -1,0 +1,187 @@
+"""Quantised checkpoints: each format's logits against plain weights of an oracle, the bytes kept, engines, refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.core.errors import ConfigError, JaxserveError
+from jaxserve.layers.context import StepContext
+from jaxserve.models.decoder import Decoder, abstract_params
+from jaxserve.models.hf import read_config
+from jaxserve.models.registry import read_spec
+from jaxserve.quantization.formats.registry import find_scheme
+from jaxserve.quantization.int8 import Int8Tensor
+from jaxserve.quantization.packed import PackedTensor
+from jaxserve.quantization.packing import is_packed
+from jaxserve.quantization.qtensor import QTensor
+from jaxserve.sharding.mesh import make_mesh
+from jaxserve.weights.loader import load_params, open_checkpoint
+from jaxserve.weights.packed import plan
+from tests.device.fixture_models import attend_densely
+from tests.device.packed_folders import KINDS, write_folders
+
+TOKENS = jnp.arange(3, 43)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def of(kind: str) -> tuple[Path, Path]:
+        if kind not in made:
+            made[kind] = write_folders(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return of
+
+
+def loaded(folder: Path, dtype: Any = jnp.float32) -> Any:
+    return load_params(
+        read_spec(folder), folder, make_mesh(jax.devices()[:1]), dtype, scheme=find_scheme(folder, read_config(folder))
+    )
+
+
+def logits(folder: Path, params: Any, dtype: Any = jnp.float32) -> np.ndarray:
+    spec = read_spec(folder)
+    model = Decoder(spec=spec, dtype=dtype, attend=attend_densely)
+    context = StepContext(position_T=jnp.arange(len(TOKENS)), row_T=jnp.zeros_like(TOKENS), page_RM=(), work=None)
+    hidden, _ = model.apply({"params": params}, TOKENS, (None,) * len(spec.layers), context, method="hidden")
+    return np.asarray(model.apply({"params": params}, hidden, method="logits"), np.float32)
+
+
+def rounded(x_TI: jax.Array, tensor: QTensor) -> jax.Array:
+    """The rows as the format's activations say, spelt once more."""
+    if isinstance(tensor, Int8Tensor):
+        scale = jnp.abs(x_TI).max(-1, keepdims=True) / 127 if tensor.input_scale is None else tensor.input_scale
+        return jnp.clip(jnp.round(x_TI / scale), -128, 127) * scale
+    assert isinstance(tensor, PackedTensor)
+    if tensor.activations == "none":
+        return x_TI
+    groups = tensor.weight.scale_OG.shape[1] if tensor.activations == "group" else 1
+    x = x_TI.reshape(len(x_TI), groups, -1)
+    scale = jnp.abs(x).max(-1, keepdims=True) / 448 if tensor.input_scale is None else tensor.input_scale
+    return (jnp.clip(x / scale, -448, 448).astype("float8_e4m3fn").astype(jnp.float32) * scale).reshape(x_TI.shape)
+
+
+def matrix(tensor: QTensor) -> jax.Array:
+    if isinstance(tensor, Int8Tensor):
+        return tensor.codes_OI.astype(jnp.float32) * tensor.scale_O[:, None]
+    assert isinstance(tensor, PackedTensor)
+    return tensor.plain()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_plain_weights(kind: str, folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_folder, plain_folder = folders(kind)
+    packed, plain = loaded(packed_folder), loaded(plain_folder)
+    count = 0
+    for path, tensor in jax.tree_util.tree_leaves_with_path(packed, is_leaf=is_packed):
+        if is_packed(tensor):
+            expected = functools.reduce(lambda tree, key: tree[key.key], path, plain)
+            np.testing.assert_allclose(matrix(tensor), expected, rtol=1e-6, atol=1e-7, err_msg=str(path))
+            count += 1
+    assert count == 8, "qkv, out, gate and up, down of two layers stay packed"
+    got = logits(packed_folder, packed)
+    if not KINDS[kind][0].get("activation_scheme") and "input_activations" not in str(KINDS[kind][0]):
+        expected = logits(plain_folder, plain)
+    else:
+        def matmul(self: QTensor, x_TI: jax.Array, axis: str | None = None) -> jax.Array:
+            return jnp.matmul(rounded(x_TI, self), matrix(self).T, precision="highest")
+
+        monkeypatch.setattr(Int8Tensor, "matmul", matmul)
+        monkeypatch.setattr(PackedTensor, "matmul", matmul)
+        expected = logits(packed_folder, packed)
+        assert np.abs(expected - logits(plain_folder, plain)).max() > 1e-3 * np.abs(expected).max(), "rounding shows"
+    assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
+    assert np.abs(expected).max() > 1, "the model says something"
+
+
+@pytest.mark.parametrize("kind", ["gptq-4bit", "gptq-8bit", "ct-w8a8", "fp8-block", "ct-fp8"])
+def test_in_bfloat16_the_fast_product_says_the_same(kind: str, folders: Any) -> None:
+    packed_folder, _ = folders(kind)
+    exact = logits(packed_folder, loaded(packed_folder))
+    got = logits(packed_folder, loaded(packed_folder, jnp.bfloat16), jnp.bfloat16)
+    assert np.abs(got - exact).max() <= 0.06 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("gptq-4bit", 4.75), ("awq", 4.75), ("gptq-8bit", 8.75), ("ct-w8a8", 8.25)]
+)
+def test_matrices_take_the_bytes_that_are_planned(kind: str, bits: float, folders: Any) -> None:
+    """Codes, a float16 scale and a byte of zero a group of 32; a float32 scale an output."""
+    folder, _ = folders(kind)
+    spec, mesh = read_spec(folder), make_mesh(jax.devices()[:1])
+    scheme = find_scheme(folder, read_config(folder))
+    packing = plan(spec, mesh, open_checkpoint(spec, folder, scheme=scheme))
+    planned, made = abstract_params(spec, jnp.bfloat16, mesh, packing), loaded(folder, jnp.bfloat16)
+    assert jax.tree.structure(made) == jax.tree.structure(planned)
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(made)] == [
+        (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(planned)
+    ]
+    down = made["layers_0"]["mlp"]["down"]["weight"]
+    assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(down)) == bits * 64 * 128
+
+
+def answers(folder: Path, **options: Any) -> list[list[int]]:
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    prompts = [{"prompt_token_ids": list(range(3 + i, 9 + 3 * i))} for i in range(4)]
+    with LLM(
+        str(folder), dtype="float32", max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32, block_size=8,
+        kv_cache_memory_bytes="1M", enforce_eager=True, skip_tokenizer_init=True, **options,
+    ) as llm:
+        return [list(output.outputs[0].token_ids) for output in llm.generate(prompts, greedy)]
+
+
+@pytest.mark.parametrize("kind", ["gptq-desc_act", "awq"])
+def test_the_engine_answers_as_with_plain_weights(kind: str, folders: Any) -> None:
+    packed_folder, plain_folder = folders(kind)
+    assert answers(packed_folder) == answers(plain_folder)
+    assert answers(packed_folder, quantization=kind.partition("-")[0])
+
+
+def test_the_flag_must_agree_with_the_checkpoint(folders: Any) -> None:
+    packed_folder, plain_folder = folders("awq")
+    with pytest.raises(ConfigError, match="quantization gptq: the checkpoint is quantised by awq"):
+        answers(packed_folder, quantization="gptq")
+    with pytest.raises(ConfigError, match="quantization int8: the checkpoint is quantised by awq"):
+        answers(packed_folder, quantization="int8")
+    with pytest.raises(ConfigError, match="quantization awq: the checkpoint is not quantised so"):
+        answers(plain_folder, quantization="awq")
+    with pytest.raises(ConfigError, match="load-format dummy: a checkpoint in awq has no dummy weights"):
+        answers(packed_folder, load_format="dummy")
+
+
+@pytest.mark.parametrize(("kind", "changes", "says"), [
+    ("gptq-4bit", {"bits": 5}, "bits 5 of gptq is not supported; supported are 4, 8, 3, 2"),
+    ("gptq-4bit", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+    ("gptq-4bit", {"dynamic": {"-:lm_head": {}}}, "dynamic = .* of gptq is not supported"),
+    ("gptq-4bit", {"group_size": 48}, "64 inputs are no multiple of the group size 48"),
+    ("gptq-4bit", {"bits": 8}, r"q_proj.qzeros is int32 \[2, 8\]; expected int32 or uint32 \[1, 16\]"),
+    ("gptq-4bit", {"quant_method": "aqlm"}, "quant_method 'aqlm' is not supported; supported are gptq, awq"),
+    ("awq", {"version": "gemv"}, "version 'gemv' of awq is not supported"),
+    ("awq", {"group_size": 0}, "group_size is 0"),
+    ("ct-w4a16", {"format": "nvfp4-pack-quantized"}, "format 'nvfp4-pack-quantized' of compressed-tensors"),
+    ("ct-w4a16", {"config_groups": {}}, "config_groups of compressed-tensors is empty"),
+    ("fp8-block", {"fmt": "e5m2"}, "fmt 'e5m2' of fp8"),
+    ("fp8-block", {"activation_scheme": "stochastic"}, "activation_scheme 'stochastic'"),
+    ("fp8-block", {"weight_block_size": [32, 32]}, r"weight_scale_inv is float32 \[.*\]; expected"),
+])
+def test_what_cannot_be_read_is_refused_by_name(
+    kind: str, changes: dict[str, Any], says: str, folders: Any, tmp_path: Path
+) -> None:
+    packed_folder, _ = folders(kind)
+    config = json.loads((packed_folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((packed_folder / "model.safetensors").read_bytes())
+    with pytest.raises(JaxserveError, match=says):
+        loaded(tmp_path)
