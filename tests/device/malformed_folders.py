@@ -19,7 +19,9 @@ import jax
 import numpy as np
 
 from jaxserve.core.config import ModelConfig
+from jaxserve.models.hf import read_config
 from jaxserve.models.registry import read_spec
+from jaxserve.quantization.formats.registry import find_scheme
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.text.served_text import ServedText
 from jaxserve.weights.loader import load_params
@@ -57,7 +59,8 @@ def start(folder: Path) -> None:
     """What a start reads, in its order: place, config, weights, text."""
     found = locate(str(folder))
     spec = read_spec(found)
-    load_params(spec, found, make_mesh(jax.devices()[:1]), "float32")
+    scheme = find_scheme(found, read_config(found))
+    load_params(spec, found, make_mesh(jax.devices()[:1]), "float32", scheme=scheme)
     ServedText.load(found, ModelConfig(model=str(folder)))
 
 
