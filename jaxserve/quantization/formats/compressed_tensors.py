@@ -39,8 +39,8 @@ from jaxserve.quantization.formats.scheme import (
 PACKED, INTEGER, FLOATING = "pack-quantized", "int-quantized", "float-quantized"
 FLOATS = ("float16", "bfloat16", "float32")
 HARMLESS = frozenset({
-    "ignore", "quantization_status", "global_compression_ratio", "version", "transform_config", "kv_cache_scheme",
-    "sparsity_config", "provider", "autoround_version", "iters", "nsamples", "seqlen", "lr", "bits", "data_type",
+    "ignore", "quantization_status", "global_compression_ratio", "version", "kv_cache_scheme", "provider",
+    "autoround_version", "iters", "nsamples", "seqlen", "lr", "bits", "data_type",
     "group_size", "sym", "act_bits", "act_data_type", "act_group_size", "act_sym", "act_dynamic", "packing_format",
     "batch_size", "low_gpu_mem_usage", "enable_quanted_input", "block_name_to_quantize", "gradient_accumulate_steps",
 })
@@ -84,6 +84,8 @@ class CompressedTensorsScheme(Scheme):
         assert status
         outer = settings.take("format", str)
         found = settings.take("config_groups", dict, {})
+        sparsity = settings.take("sparsity_config", dict, {})
+        Settings("compressed-tensors sparsity_config", sparsity).choice("format", ("dense",), "dense")
         settings.finish(HARMLESS)
         if not found:
             raise ModelError("quantization_config: config_groups of compressed-tensors is empty or missing")

@@ -77,9 +77,8 @@ def scale_block(
     module: str, stored: Stored, name: str, shape: tuple[int, int], block: tuple[int, int] | None
 ) -> tuple[Host, tuple[int, int]]:
     """The scales as [rows of blocks, columns of blocks], and the block's size."""
-    scale, (outs, ins) = stored[name], shape
-    if scale.dtype.name not in FLOATS:
-        raise WeightsError(f"{module}.{name} is {scale.dtype.name}; expected {' or '.join(FLOATS)}")
+    outs, ins = shape
+    scale = tensor(module, stored, name, FLOATS, (None,) * np.ndim(stored.get(name)))
     if block is not None:
         wanted = (-(-outs // block[0]), -(-ins // block[1]))
         return tensor(module, stored, name, FLOATS, wanted), block
