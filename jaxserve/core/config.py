@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # The first two pack an unquantised checkpoint; the others are what a checkpoint may be in.
-Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors"]
+Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors", "bitsandbytes", "squeezellm"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,12 +28,19 @@ class _Format:
     index: str
     pattern: str
     read_file: Callable[[Path], dict[str, StoredTensor]]
+    lone: str | None = None     # what a single file may be called where none fits the pattern
 
     def is_in(self, folder: Path) -> bool:
         """Anything of that name counts, also what is no file: it is refused by its name, not passed over."""
-        return any(os.path.lexists(folder / name) for name in (self.index, self.single)) or any(
-            folder.glob(self.pattern)
-        )
+        return any(os.path.lexists(folder / name) for name in (self.index, self.single)) or bool(self.files(folder))
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files of a folder without an index."""
+        if os.path.lexists(folder / self.single):
+            return [folder / self.single]
+        found = sorted(folder.glob(self.pattern))
+        lone = [] if found or self.lone is None else list(folder.glob(self.lone))
+        return lone if len(lone) == 1 else found
 
 
 FORMATS: dict[str, _Format] = {
@@ -41,10 +48,11 @@ FORMATS: dict[str, _Format] = {
         single="model.safetensors", index="model.safetensors.index.json", pattern="*.safetensors",
         read_file=safetensors.read_file,
     ),
-    # Only this pattern: trainers leave "training_args.bin" and "optimizer.bin" beside the weights.
+    # Only this pattern: trainers leave "training_args.bin" and "optimizer.bin" beside the weights. SqueezeLLM's folders
+    # have one file named after the model, "sq-llama-2-7b-w4-s0.pt".
     "pt": _Format(
         single="pytorch_model.bin", index="pytorch_model.bin.index.json", pattern="pytorch_model*.bin",
-        read_file=torch_bin.read_file,
+        read_file=torch_bin.read_file, lone="*.pt",
     ),
 }
 
@@ -63,11 +71,9 @@ def read_folder(folder: Path, load_format: LoadFormat = "auto") -> dict[str, Sto
     form = FORMATS[there[0]]
     if os.path.lexists(folder / form.index):
         return _read_indexed(folder, form)
-    single = folder / form.single
     # A folder may also hold the same model under other names ("consolidated.safetensors") or adapters.
-    files = [single] if os.path.lexists(single) else sorted(folder.glob(form.pattern))
     tensors: dict[str, StoredTensor] = {}
-    for path in files:
+    for path in form.files(folder):
         for name, tensor in form.read_file(path).items():
             if name in tensors:
                 raise WeightsError(

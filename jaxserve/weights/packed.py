@@ -56,11 +56,12 @@ def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> di
     """The tensors with every packed module's replaced by the matrix that they are."""
     if scheme is None:
         return dict(stored)
-    names = dict.fromkeys(name.rpartition(".")[0] for name in stored if name.rpartition(".")[2] in scheme.marks)
+    ends = ["." + mark for mark in scheme.marks]
+    names = dict.fromkeys(name.removesuffix(end) for name in stored for end in ends if name.endswith(end))
     if not names:
         raise WeightsError(
             f"config.json says that the weights are in {scheme.method}, but no tensor ends in "
-            f"{' or '.join('.' + mark for mark in scheme.marks)}"
+            f"{' or '.join(ends)}"
         )
     found = dict(stored)
     for module in names:

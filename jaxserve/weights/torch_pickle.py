@@ -112,10 +112,11 @@ class _Machine:
         """What the pickle built."""
         if len(self._stack) != 1 or not isinstance(self._stack[0], dict):
             raise self._error("it does not end with one dict of tensors")
-        for name, value in self._stack[0].items():
+        found = {name: value for name, value in self._stack[0].items() if not _is_count(name, value)}
+        for name, value in found.items():
             if not isinstance(name, str) or not isinstance(value, TensorView):
                 raise self._error(f"{str(name)[:80]!r} is {_kind(value)}; expected a dict of names to tensors")
-        return cast(dict[str, TensorView], self._stack[0])
+        return cast(dict[str, TensorView], found)
 
     def _error(self, what: str) -> PickleError:
         return PickleError(f"pickle, byte {self._at}: {what}")
@@ -226,6 +227,11 @@ class _Machine:
         state = self._pop()
         if not isinstance(state, dict) or not self._stack or not isinstance(self._stack[-1], dict):
             raise self._error("BUILD of something other than a dict of tensors")
+
+
+def _is_count(name: object, value: object) -> bool:
+    """SqueezeLLM's numbers of sparse values, which the tensors' shapes say too."""
+    return isinstance(name, str) and name.startswith("sparse_threshold.") and type(value) is int
 
 
 def _kind(value: Any) -> str:

@@ -18,7 +18,7 @@ from jaxserve.weights import safetensors, torch_bin
 from jaxserve.weights.folder import read_folder
 from jaxserve.weights.loader import load_params
 from tests.device.fixture_models import FIXTURES
-from tests.device.torch_files import call, from_arrays, opened, storage, tensor, write_torch
+from tests.device.torch_files import call, from_arrays, opened, plain, storage, tensor, write_torch
 
 TORCH_BIN = FIXTURES / "torch-bin"
 ONES = np.ones(6, np.float32)
@@ -49,6 +49,23 @@ def test_the_old_format_says_what_to_do() -> None:
 def test_our_own_writer_is_read(tmp_path: Path) -> None:
     path = write_torch(tmp_path / "a.bin", {"a": tensor(shape=(2, 3))}, {"0": ONES.tobytes()})
     np.testing.assert_array_equal(torch_bin.read_file(path)["a"].data, np.ones((2, 3), np.float32))
+
+
+def test_a_lone_file_of_any_name_and_counts_beside_its_tensors(tmp_path: Path) -> None:
+    """SqueezeLLM's "sq-llama-2-7b-w4-s45.pt"; two of them would not say which one counts."""
+    tensors = {"a": tensor(shape=(2, 3)), "sparse_threshold.model.layers.0.mlp.up_proj": plain(1234)}
+    path = write_torch(tmp_path / "sq-tiny-w4-s45.pt", tensors, {"0": ONES.tobytes()})
+    assert set(read_folder(tmp_path)) == {"a"}
+    path.rename(tmp_path / "one.pt")
+    write_torch(tmp_path / "two.pt", tensors, {"0": ONES.tobytes()})
+    with pytest.raises(WeightsError, match="neither"):
+        read_folder(tmp_path)
+
+
+def test_other_numbers_beside_tensors_are_refused(tmp_path: Path) -> None:
+    path = write_torch(tmp_path / "a.pt", {"a": tensor(shape=(2, 3)), "step": plain(1234)}, {"0": ONES.tobytes()})
+    with pytest.raises(WeightsError, match="'step' is int"):
+        torch_bin.read_file(path)
 
 
 class Exit:

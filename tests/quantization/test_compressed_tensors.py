@@ -98,9 +98,10 @@ def test_floats(strategy: str, shape: tuple[int, ...], form: str) -> None:
     scheme = CompressedTensorsScheme.parse(config(form, weights, inputs))
     codes = scheme.codes("m", {"weight": bits_OI.view(ml_dtypes.float8_e4m3fn), "weight_scale": scale})
     assert isinstance(codes, FloatCodes) and codes.activations == ("group" if strategy == "block" else "token")
-    where = {"channel": lambda o, i: (o, 0), "tensor": lambda o, i: 0, "block": lambda o, i: (o // 8, i // 16)}[strategy]
+    rows, columns = {"channel": (1, INS), "tensor": (OUTS, INS), "block": (8, 16)}[strategy]
     np.testing.assert_array_equal(codes.dequantised(), np.array([
-        [np.float32(value_of_float8(bits_OI[o, i])) * scale[where(o, i)] for i in range(INS)] for o in range(OUTS)
+        [np.float32(value_of_float8(bits_OI[o, i])) * scale.reshape(-1)[o // rows * (INS // columns) + i // columns]
+         for i in range(INS)] for o in range(OUTS)
     ], np.float32))
 
 
@@ -109,7 +110,8 @@ def test_a_group_is_found_by_its_targets() -> None:
     first = settings["config_groups"]["group_0"]
     weights = {**first["weights"], "num_bits": 8, "strategy": "channel", "group_size": None}
     settings["config_groups"] = {
-        "group_0": {**first, "targets": [r"re:.*\.mlp\..*"]}, "group_1": {**first, "targets": ["a.q"], "weights": weights}
+        "group_0": {**first, "targets": [r"re:.*\.mlp\..*"]},
+        "group_1": {**first, "targets": ["a.q"], "weights": weights},
     }
     scheme = CompressedTensorsScheme.parse(settings)
     four, weight_of_4 = packed(4, GROUP, is_symmetric=True, dtype=np.float16)

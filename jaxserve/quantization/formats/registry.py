@@ -12,21 +12,26 @@ from typing import Any
 
 from jaxserve.core.errors import ModelError, UnsupportedModelError
 from jaxserve.quantization.formats.awq import AwqScheme
+from jaxserve.quantization.formats.bitsandbytes import BitsAndBytesScheme
 from jaxserve.quantization.formats.compressed_tensors import CompressedTensorsScheme
 from jaxserve.quantization.formats.fp8 import Fp8Scheme
 from jaxserve.quantization.formats.gptq import GptqScheme
 from jaxserve.quantization.formats.scheme import Scheme
+from jaxserve.quantization.formats.squeezellm import SqueezeLlmScheme
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "gptq": GptqScheme.parse,
     "awq": AwqScheme.parse,
     "fp8": Fp8Scheme.parse,
     "compressed-tensors": CompressedTensorsScheme.parse,
+    "bitsandbytes": BitsAndBytesScheme.parse,
+    "squeezellm": SqueezeLlmScheme.parse,
 }
 # Read where they lie in the loader, without a scheme.
 ELSEWHERE = ("mxfp4",)
-# Files beside a config.json that says nothing, and what they mean.
-BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+# Files beside a config.json that says nothing, and what a key of theirs means: AutoGPTQ's, AutoAWQ's, SqueezeLLM's.
+BESIDE = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+TELLING = {"wbits": "squeezellm", "w_bit": "awq", "q_group_size": "awq", "desc_act": "gptq", "bits": "gptq"}
 # auto-round names the layout, not the method.
 PACKINGS = {
     "auto_round:auto_gptq": "gptq", "auto_round:gptq": "gptq", "auto_round:auto_awq": "awq", "auto_round:awq": "awq",
@@ -38,15 +43,14 @@ def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
 
     Raises UnsupportedModelError for other formats and settings.
     """
-    content = config.get("quantization_config") or config.get("compression_config")
-    method = None
+    content, where = config.get("quantization_config") or config.get("compression_config"), "quantization_config"
     if content is None:
-        content, method = _beside(folder)
+        content, where = _beside(folder)
     if content is None:
         return None
     if not isinstance(content, Mapping):
-        raise ModelError(f"config.json: quantization_config is {content!r}; expected an object")
-    method = content.get("quant_method", method)
+        raise ModelError(f"{where} is {content!r}; expected an object")
+    method = content.get("quant_method") or next((TELLING[key] for key in TELLING if key in content), None)
     if method in ("auto-round", "intel/auto-round"):
         packing = content.get("packing_format")
         if packing not in PACKINGS:
@@ -65,13 +69,13 @@ def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
     return FORMATS[method](content)
 
 
-def _beside(folder: Path) -> tuple[Any, str | None]:
-    """What older tools wrote into a file of its own."""
-    for name, method in BESIDE.items():
+def _beside(folder: Path) -> tuple[Any, str]:
+    """What older tools wrote into a file of its own, and the file's name."""
+    for name in BESIDE:
         path = folder / name
         if path.is_file():
             try:
-                return json.loads(path.read_bytes()), method
+                return json.loads(path.read_bytes()), name
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"{name} is not JSON: {error}") from error
-    return None, None
+    return None, ""
