@@ -54,7 +54,7 @@ def test_plain_checkpoints_and_those_read_elsewhere_have_no_scheme(tmp_path: Pat
     ("content", "named"),
     [
         ({"quant_method": "quip"}, "quant_method 'quip'.*supported are gptq"),
-        ({"novel": 1}, "quant_method None"),
+        ({"novel": 1}, "quant_method None"), (GPTQ, "quant_method None"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:exllamav2"}, "packing_format 'auto_round:exl"),
     ],
 )
@@ -68,4 +68,7 @@ def test_what_is_no_object_is_refused(tmp_path: Path) -> None:
         find_scheme(tmp_path, {"quantization_config": "awq"})
     (tmp_path / "quant_config.json").write_text("{")
     with pytest.raises(ModelError, match="quant_config.json is not JSON"):
+        find_scheme(tmp_path, {})
+    (tmp_path / "quant_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"quant_config.json is \[\]"):
         find_scheme(tmp_path, {})

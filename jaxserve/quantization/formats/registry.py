@@ -43,14 +43,12 @@ def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
 
     Raises UnsupportedModelError for other formats and settings.
     """
-    content, where = config.get("quantization_config") or config.get("compression_config"), "quantization_config"
-    if content is None:
-        content, where = _beside(folder)
+    content = config.get("quantization_config") or config.get("compression_config") or _beside(folder)
     if content is None:
         return None
     if not isinstance(content, Mapping):
-        raise ModelError(f"{where} is {content!r}; expected an object")
-    method = content.get("quant_method") or next((TELLING[key] for key in TELLING if key in content), None)
+        raise ModelError(f"config.json: quantization_config is {content!r}; expected an object")
+    method = content.get("quant_method")
     if method in ("auto-round", "intel/auto-round"):
         packing = content.get("packing_format")
         if packing not in PACKINGS:
@@ -69,13 +67,17 @@ def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
     return FORMATS[method](content)
 
 
-def _beside(folder: Path) -> tuple[Any, str]:
-    """What older tools wrote into a file of its own, and the file's name."""
+def _beside(folder: Path) -> dict[str, Any] | None:
+    """What older tools wrote into a file of its own, with the method where only a key tells it."""
     for name in BESIDE:
         path = folder / name
         if path.is_file():
             try:
-                return json.loads(path.read_bytes()), name
+                content = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
                 raise ModelError(f"{name} is not JSON: {error}") from error
-    return None, ""
+            if not isinstance(content, dict):
+                raise ModelError(f"{name} is {content!r}; expected an object")
+            told = next((TELLING[key] for key in TELLING if key in content), None)
+            return {"quant_method": told, **content}
+    return None
