@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.model_spec import ModelSpec, MoeMlp
+from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.core.request import EngineInfo, EngineStats, SequenceOutput
 from jaxserve.engine.loop import EngineLoop
@@ -129,10 +129,10 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
 
         spec = read_spec(folder, config.model.hf_overrides)
         mesh, dtype = _place(config, spec)
-        weights, draft_weights = _weights(config, spec, folder, mesh), None
+        weights, draft_weights = weight_plan(config, spec, folder, mesh), None
         draft = None if drafting is None else _draft(config, spec, folder, drafting)
         if draft is not None and drafting is not None:
-            draft_weights = _weights(config, draft.spec, drafting, mesh, is_draft=True)
+            draft_weights = weight_plan(config, draft.spec, drafting, mesh, is_draft=True)
         setup = _plan(config, spec, mesh, dtype, weights, draft, draft_weights)
         params, draft_params = _params(config, weights, mesh, dtype, progress), None
         if draft_weights is not None:
@@ -175,11 +175,12 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
 
     from jaxserve.models.precision import compute_dtype
     from jaxserve.sharding.mesh import make_mesh, want_cpu_devices
+    from jaxserve.sharding.split import check_has_experts
     from kernels_pallas.native import api as native
 
     size, has_whole_experts = config.parallel.tensor_parallel_size, config.parallel.enable_expert_parallel
-    if has_whole_experts and not any(isinstance(layer.mlp, MoeMlp) for layer in spec.layers):
-        raise ConfigError(f"enable-expert-parallel: {spec.family} has no experts; leave it away")
+    if has_whole_experts:
+        check_has_experts(spec)
     if size > 1:
         want_cpu_devices(size)
     mesh = make_mesh(jax.devices(), size, has_whole_experts=has_whole_experts)
@@ -219,7 +220,7 @@ def _speculation(config: EngineConfig, runner: Runner) -> ModelSpeculation:
     return ModelSpeculation(config.scheduler.speculative_config, runner)
 
 
-def _weights(
+def weight_plan(
     config: EngineConfig, spec: ModelSpec, folder: Path, mesh: jax.sharding.Mesh, *, is_draft: bool = False
 ) -> WeightPlan:
     """Which parameters will be packed. Raises ConfigError where --quantization and the checkpoint disagree."""

@@ -116,19 +116,29 @@ def device_budget(device: jax.Device, *, utilization: float, device_count: int =
     before jax starts.
     """
     if device.platform == "cpu":
-        total = machine_bytes() // device_count
-        return Budget(
-            total_bytes=total,
-            budget_bytes=int(total * CPU_BUDGET),
-            reserve_bytes=min(CPU_RESERVE_BYTES // device_count, total // 4),
-            pool_bytes_default=min(CPU_POOL_BYTES // device_count, total // 4),
-        )
+        return cpu_budget(machine_bytes(), device_count=device_count)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise CapacityError(f"{device.device_kind} does not tell its memory: serve on a CPU, CUDA or ROCm device.")
     limit = int(stats["bytes_limit"])
+    return gpu_budget(int(limit / utilization), limit)
+
+
+def cpu_budget(machine: int, *, device_count: int) -> Budget:
+    """Of one of several devices that are the same processor with `machine` bytes."""
+    total = machine // device_count
+    return Budget(
+        total_bytes=total,
+        budget_bytes=int(total * CPU_BUDGET),
+        reserve_bytes=min(CPU_RESERVE_BYTES // device_count, total // 4),
+        pool_bytes_default=min(CPU_POOL_BYTES // device_count, total // 4),
+    )
+
+
+def gpu_budget(total: int, limit: int) -> Budget:
+    """Of a GPU with `total` bytes, of which the allocator may take `limit`."""
     reserve = max(GPU_RESERVE_BYTES_MIN, int(limit * GPU_RESERVE))
-    return Budget(total_bytes=int(limit / utilization), budget_bytes=limit, reserve_bytes=reserve)
+    return Budget(total_bytes=total, budget_bytes=limit, reserve_bytes=reserve)
 
 
 def grant_pages(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ VERIFIED_SAMPLES = 64    # samples of a step with drafts, where the rows alone d
 PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What a runner's sizes depend on besides model and configuration.
+
+    Attributes:
+      temporaries: scratch memory of a setup's hungriest program, on each device.
+    """
+
+    budget: Budget
+    is_cpu: bool
+    temporaries: Callable[[RunnerSetup], int]
+
+
 def plan_memory(
     *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
     draft: DraftSetup | None = None, draft_params: Any = None,
@@ -54,10 +68,28 @@ def plan_memory(
     Raises:
       ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
     """
-    device, vocab_size = mesh.devices.flat[0], spec.vocab_size
-    spec = device_spec(spec, mesh)
-    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=mesh.size)
+    device = mesh.devices.flat[0]
     is_cpu = device.platform == "cpu"
+    # On the CPU temporaries are malloc'd as they come, out of the reserve.
+    target = Target(
+        budget=device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=mesh.size),
+        is_cpu=is_cpu,
+        temporaries=lambda setup: 0 if is_cpu else measure_temporaries(setup, params, draft_params),
+    )
+    return settle(
+        spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, target=target, draft=draft,
+        draft_params=draft_params, store=_store(config.compilation.compilation_cache_dir),
+    )
+
+
+def settle(
+    *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, dtype: jnp.dtype,
+    config: EngineConfig, target: Target, draft: DraftSetup | None = None, draft_params: Any = None,
+    store: ExecutableStore | None = None,
+) -> RunnerSetup:
+    """`plan_memory` for devices that need not be there: what it must know of them is the target."""
+    vocab_size, is_cpu = spec.vocab_size, target.is_cpu
+    spec = device_spec(spec, mesh)
     row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
     size_min = smallest_size(
         spec, itemsize=jnp.dtype(dtype).itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
@@ -69,14 +101,11 @@ def plan_memory(
     )
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
-        samples_max=samples_max, buckets=buckets(tokens_max=tokens_max),
-        store=_store(config.compilation.compilation_cache_dir), budget=budget, draft=draft,
+        samples_max=samples_max, buckets=buckets(tokens_max=tokens_max), store=store, budget=target.budget, draft=draft,
     )
-    # On the CPU temporaries are malloc'd as they come, out of the reserve.
-    temporaries = 0 if is_cpu else _measure_temporaries(setup, params, draft_params)
     memory = grant_pages(
-        spec=spec, draft=None if draft is None else draft.spec, budget=budget,
-        weight_bytes=_device_bytes((params, draft_params)), temporary_bytes=temporaries,
+        spec=spec, draft=None if draft is None else draft.spec, budget=target.budget,
+        weight_bytes=_device_bytes((params, draft_params)), temporary_bytes=target.temporaries(setup),
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
         itemsize=setup.dtype.itemsize, row_count=row_count, tokens_max=tokens_max,
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
@@ -171,7 +200,7 @@ def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> Runne
     return replace(shape, groups=groups, length_max=length_max)
 
 
-def _measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:
+def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:
     """Scratch memory of the hungriest program, by compiling the largest of each kind at the provisional pool."""
     programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
     tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max

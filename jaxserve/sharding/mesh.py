@@ -29,8 +29,14 @@ def make_mesh(
             f"tensor-parallel-size {tensor_parallel_size} does not fit the {len(devices)} device(s) there are; "
             f"use 1 to {len(devices)}"
         )
-    shape = (1, 1, -1) if has_whole_experts else (1, -1, 1)
+    shape = abstract_mesh(tensor_parallel_size, has_whole_experts=has_whole_experts).axis_sizes
     return jax.sharding.Mesh(np.array(devices[:tensor_parallel_size]).reshape(shape), (DATA, MODEL, EXPERT))
+
+
+def abstract_mesh(tensor_parallel_size: int, *, has_whole_experts: bool = False) -> jax.sharding.AbstractMesh:
+    """The same mesh of devices that need not be there."""
+    shape = (1, 1, tensor_parallel_size) if has_whole_experts else (1, tensor_parallel_size, 1)
+    return jax.sharding.AbstractMesh(shape, (DATA, MODEL, EXPERT), axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def want_cpu_devices(count: int) -> None:

@@ -52,6 +52,12 @@ def device_spec(spec: ModelSpec, mesh: Mesh) -> ModelSpec:
     return replace(spec, layers=layers, vocab_size=_share(spec.vocab_size, parts(mesh, "vocab")))
 
 
+def check_has_experts(spec: ModelSpec) -> None:
+    """Raises ConfigError where whole experts are to be shared out and there are none."""
+    if not any(isinstance(layer.mlp, MoeMlp) for layer in spec.layers):
+        raise ConfigError(f"enable-expert-parallel: {spec.family} has no experts; leave it away")
+
+
 def runs(axis: str | None, size: int, layer: LayerSpec | None, mesh: Mesh) -> Runs:
     """The rows of all devices, one device after the other, of an axis that has `size` rows in the whole.
 
