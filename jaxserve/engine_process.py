@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 
+from jaxserve.cluster.entry import open_leader
 from jaxserve.core.errors import CapacityError, ConfigError, JaxserveError, ModelError
 from jaxserve.core.request import EngineRequest, SequenceOutput
 from jaxserve.engine.channel import (
@@ -42,6 +43,8 @@ logger = logging.getLogger("jaxserve.engine")
 
 BEAT_S = 1.0   # an engine without outputs says it is alive this often
 STALL_S = 0.05  # how often to look whether the buckets that the waiting work needs are compiled by now
+
+FAIL_S = 0.5    # for the last frame to reach the API process
 
 _GONE = object()
 
@@ -77,7 +80,10 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     progress = ConsoleProgress(on_phase=lambda name, detail: outbox.put(Status(name, detail)))  # type: ignore[arg-type]
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
-    engine = build_engine(start.config, progress=progress)
+    leader = None
+    if start.config.parallel.nnodes > 1:
+        leader = open_leader(start.config, lambda reason: _fail(reason, outbox))
+    engine = build_engine(start.config, progress=progress, member=leader)
     if logger.isEnabledFor(logging.INFO):
         engine.report.print()
     outbox.put(Serving(engine.info, str(engine.folder)))
@@ -86,6 +92,17 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     gc.collect()
     gc.freeze()   # what start-up made lives as long as the process: no later collection walks it
     _turn(engine, inbox, outbox)
+    if leader is not None:
+        leader.stop()
+
+
+def _fail(reason: str, outbox: queue.SimpleQueue[Up | None]) -> None:
+    """Ends this process for what happened to another one; the engine's own thread may hang in a collective."""
+    logger.error("%s", reason)
+    outbox.put(Failed(reason))
+    outbox.put(None)
+    time.sleep(FAIL_S)
+    os._exit(1)
 
 
 def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.SimpleQueue[Up | None]) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
+from jaxserve.cluster.members import Leader, Member, check_same
+from jaxserve.cluster.replay import LeaderRunner
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
@@ -101,20 +103,32 @@ class LocalEngine:
             if on_ready is not None:
                 on_ready()
 
-        self.runner.compile_rest(self._progress, ready)
+        if self.runner.is_ready:
+            ready()
+        else:
+            self.runner.compile_rest(self._progress, ready)
 
     def close(self) -> None:
         """Drops all work and frees the device."""
         self.loop.close()
 
 
-def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) -> LocalEngine:
+def build_engine(
+    config: EngineConfig, *, progress: ProgressPort | None = None, member: Member | None = None
+) -> LocalEngine:
     """An engine that serves with its smallest buckets; `compile_rest` brings the others.
 
-    Raises ConfigError, ModelError or CapacityError where it cannot be.
+    Args:
+      member: this process among several that share the model; they start with all buckets, in the same order.
+    Raises:
+      ConfigError, ModelError or CapacityError where it cannot be.
     """
+    if config.parallel.nnodes > 1 and member is None:
+        raise ConfigError("nnodes: several machines share a model behind `jaxserve serve` only; use 1 here")
     progress = progress or NoProgress()
     _set_allocator(config)
+    if member is not None:
+        _join(config, member)
     seconds: dict[str, float] = {}
     with _phase(progress, seconds, "downloading", "download"):
         from jaxserve.weights.source import locate
@@ -128,12 +142,14 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
         from jaxserve.models.registry import read_spec
 
         spec = read_spec(folder, config.model.hf_overrides)
+        if member is not None:
+            check_same(member, "model", repr(spec))
         mesh, dtype = _place(config, spec)
         weights, draft_weights = weight_plan(config, spec, folder, mesh), None
         draft = None if drafting is None else _draft(config, spec, folder, drafting)
         if draft is not None and drafting is not None:
             draft_weights = weight_plan(config, draft.spec, drafting, mesh, is_draft=True)
-        setup = _plan(config, spec, mesh, dtype, weights, draft, draft_weights)
+        setup = _plan(config, spec, mesh, dtype, weights, draft, draft_weights, member)
         params, draft_params = _params(config, weights, mesh, dtype, progress), None
         if draft_weights is not None:
             draft_params = _params(config, draft_weights, mesh, dtype, progress)
@@ -142,10 +158,11 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
 
         runner = Runner.create(setup=setup, params=params, draft_params=draft_params)
         del params, draft_params
-        runner.compile_serving_set(progress)
+        runner.compile_serving_set(progress, None if member is None else lambda: member.least("compiled"))
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
     loop = EngineLoop(
-        runner, config=scheduler, cache=config.cache, clock=MonotonicClock(),
+        LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner,
+        config=scheduler, cache=config.cache, clock=MonotonicClock(),
         speculation=_speculation(config, runner) if drafting is not None else None,
     )
     report = _report(config, setup, runner, dtype, seconds, weights, draft_weights)
@@ -153,6 +170,16 @@ def build_engine(config: EngineConfig, *, progress: ProgressPort | None = None) 
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
         _progress=progress,
     )
+
+
+def _join(config: EngineConfig, member: Member) -> None:
+    """Makes this process one of jax's several, before jax looks for devices."""
+    from jaxserve.sharding.mesh import want_cpu_devices
+    from jaxserve.sharding.processes import join_processes
+
+    parallel = config.parallel
+    want_cpu_devices(parallel.tensor_parallel_size // member.count)
+    join_processes(parallel.master_addr, parallel.master_port, rank=member.rank, count=member.count)
 
 
 def _set_allocator(config: EngineConfig) -> None:
@@ -175,15 +202,20 @@ def _place(config: EngineConfig, spec: ModelSpec) -> tuple[jax.sharding.Mesh, st
 
     from jaxserve.models.precision import compute_dtype
     from jaxserve.sharding.mesh import make_mesh, want_cpu_devices
+    from jaxserve.sharding.processes import devices_of_all
     from jaxserve.sharding.split import check_has_experts
     from kernels_pallas.native import api as native
 
     size, has_whole_experts = config.parallel.tensor_parallel_size, config.parallel.enable_expert_parallel
     if has_whole_experts:
         check_has_experts(spec)
-    if size > 1:
-        want_cpu_devices(size)
-    mesh = make_mesh(jax.devices(), size, has_whole_experts=has_whole_experts)
+    if config.parallel.nnodes > 1:
+        devices = devices_of_all(size // config.parallel.nnodes)
+    else:
+        if size > 1:
+            want_cpu_devices(size)
+        devices = jax.devices()
+    mesh = make_mesh(devices, size, has_whole_experts=has_whole_experts)
     native.prepare()
     dtype, remark = compute_dtype(config.model.dtype, spec.dtype, jax.default_backend())
     if remark:
@@ -260,7 +292,7 @@ def weight_plan(
 
 def _plan(
     config: EngineConfig, spec: ModelSpec, mesh: jax.sharding.Mesh, dtype: str, weights: WeightPlan,
-    draft: DraftSetup | None, draft_weights: WeightPlan | None,
+    draft: DraftSetup | None, draft_weights: WeightPlan | None, member: Member | None,
 ) -> RunnerSetup:
     from jaxserve.models.decoder import abstract_params
     from jaxserve.models.draft import check_length
@@ -268,7 +300,8 @@ def _plan(
 
     params = abstract_params(spec, dtype, mesh, weights.packing)
     if draft is None or draft_weights is None:
-        return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config)
+        least = None if member is None else lambda sizes: member.least("memory", sizes)
+        return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, least=least)
     draft_params = abstract_params(draft.spec, dtype, mesh, draft_weights.packing)
     setup = plan_memory(
         spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, draft=draft, draft_params=draft_params
@@ -318,10 +351,11 @@ def _report(
 
     memory, devices, spec = setup.memory, setup.devices, setup.spec
     stats, buckets = runner.compile_stats, setup.buckets
+    on_machines = f" on {config.parallel.nnodes} machines" if config.parallel.nnodes > 1 else ""
     return StartReport(
         model=config.model.model, family=spec.family,
         parameter_count=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(spec, dtype))),
-        dtype=dtype, devices=f"{len(devices)} x {devices[0].device_kind}",
+        dtype=dtype, devices=f"{len(devices)} x {devices[0].device_kind}" + on_machines,
         mesh=", ".join(f"{name} {size}" for name, size in setup.mesh.shape.items()),
         weight_bytes=memory.weight_bytes, temporary_bytes=runner.temporary_bytes, pools=memory.pages(),
         concurrency=memory.concurrency, max_model_len=memory.length_max,

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a server until a signal or a fatal error. Returns the exit status."""
     try:
         config = parse_serve_args(sys.argv[1:] if argv is None else argv)
+        if config.engine.parallel.node_rank > 0:
+            return _follow(config)
         sock = _bind(config)
     except ConfigError as error:
         print(f"jaxserve: error: {error}", file=sys.stderr)
@@ -47,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:   # not on every platform; asyncio's own loop serves as well, slower
         return asyncio.run(_serve(config, sock))
     return uvloop.run(_serve(config, sock))
+
+
+def _follow(config: ServeConfig) -> int:
+    """Any process of several but the first: no HTTP, no text; it computes what the first one tells it to."""
+    from jaxserve.follower import run
+
+    configure_logging(config.frontend.log_level)
+    return run(config.engine)
 
 
 def _bind(config: ServeConfig) -> socket.socket:

@@ -129,6 +129,8 @@ class Supervisor:
     def _check_restart(self) -> None:
         reason = self.engine.status.detail
         failed = self.engine.failed
+        if self._config.parallel.nnodes > 1:    # the others end too; whoever started them all starts them again
+            raise EngineGaveUpError(failed.reason if failed is not None else reason)
         if self.engine.folder is None or (failed is not None and failed.is_users):
             raise EngineGaveUpError(failed.reason if failed is not None else reason)
         now = self._clock.now()

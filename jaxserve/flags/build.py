@@ -20,6 +20,7 @@ from jaxserve.core.config import (
     ServeConfig,
 )
 from jaxserve.core.errors import ConfigError
+from jaxserve.flags.nodes import check_nodes, placed
 from jaxserve.flags.speculative import speculative_config
 from jaxserve.flags.table import BY_NAME
 from jaxserve.flags.values import convert
@@ -47,6 +48,7 @@ def serve_config(raw: Mapping[str, Any]) -> ServeConfig:
     drafting = parts["scheduler"].get("speculative_config")
     if drafting is not None:
         parts["scheduler"]["speculative_config"] = speculative_config(drafting)
+    parts["parallel"] = placed(parts["parallel"], os.environ)
     made = {name: _PARTS[name](**values) for name, values in parts.items()}
     frontend = made.pop("frontend")
     config = ServeConfig(engine=EngineConfig(**made), frontend=frontend)
@@ -79,6 +81,7 @@ def _check_engine(config: EngineConfig) -> None:
         raise ConfigError(f"max-num-batched-tokens {tokens} is less than max-num-seqs {rows}; raise it to that")
     if scheduler.itl_target_ms is not None and not scheduler.enable_chunked_prefill:
         raise ConfigError("itl-target-ms needs chunks of prompts; leave enable-chunked-prefill on")
+    check_nodes(config)
     if config.model.skip_tokenizer_init and config.model.tokenizer is not None:
         raise ConfigError("tokenizer has no effect with skip-tokenizer-init; give one of them")
     folder = config.model.generation_config

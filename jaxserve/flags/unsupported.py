@@ -17,7 +17,6 @@ REASONS: tuple[tuple[str, str], ...] = (
      "data-parallel-rpc-port data-parallel-backend data-parallel-hybrid-lb data-parallel-external-lb "
      "disable-nccl-for-dp-synchronization",
      f"data parallelism behind one port {_LATER}; start one server a replica and balance in front"),
-    ("nnodes node-rank master-addr master-port", f"serving one model from several machines {_LATER}"),
     ("decode-context-parallel-size prefill-context-parallel-size dcp-kv-cache-interleave-size "
      "cp-kv-cache-interleave-size", f"splitting one sequence over devices {_LATER}"),
     ("enable-eplb eplb-config num-redundant-experts expert-placement-strategy all2all-backend "
@@ -131,5 +130,4 @@ SHORT_UNSUPPORTED: dict[str, str] = {
     "-dpe": "data-parallel-external-lb", "-dcp": "decode-context-parallel-size",
     "-pcp": "prefill-context-parallel-size",
     "-cc": "compilation-config", "-ac": "attention-config", "-asc": "api-server-count",
-    "-n": "nnodes", "-r": "node-rank",
 }

@@ -196,6 +196,7 @@ def _environment(devices: tuple[jax.Device, ...]) -> str:
         [
             _source_digest(), native.identity(), jax.__version__, jaxlib.__version__, platform.machine(), _processor(),
             client.platform, client.platform_version, *(f"{device.device_kind}:{device.id}" for device in devices),
+            f"process {jax.process_index()} of {jax.process_count()}",
             str(flags), str(jax.config.jax_default_matmul_precision), str(jax.config.jax_enable_x64),
         ]
     )

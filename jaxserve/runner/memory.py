@@ -7,6 +7,7 @@ what, before a single weight is read.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def gpu_budget(total: int, limit: int) -> Budget:
     """Of a GPU with `total` bytes, of which the allocator may take `limit`."""
     reserve = max(GPU_RESERVE_BYTES_MIN, int(limit * GPU_RESERVE))
     return Budget(total_bytes=total, budget_bytes=limit, reserve_bytes=reserve)
+
+
+def tightest(budget: Budget, least: Callable[[Sequence[int]], tuple[int, ...]]) -> Budget:
+    """What fits the budgets of all processes, so that all grant the same pages; `least` gives the least of theirs."""
+    default = -1 if budget.pool_bytes_default is None else budget.pool_bytes_default
+    total, ours, reserve, pool = least((budget.total_bytes, budget.budget_bytes, -budget.reserve_bytes, default))
+    return Budget(
+        total_bytes=total, budget_bytes=ours, reserve_bytes=-reserve, pool_bytes_default=None if pool < 0 else pool
+    )
 
 
 def grant_pages(

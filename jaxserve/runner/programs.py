@@ -124,16 +124,17 @@ class ProgramSet:
         """One token for each of at most `count` rows."""
         setup = self._setup
         mode, alternatives, vocab_size = setup.logprobs_mode, setup.shape.alternatives_max, setup.shape.vocab_size
-        by_samples = jax.ShapeDtypeStruct((setup.mesh.size,), jnp.int32, sharding=setup.by_samples)
+        placement = setup.replicated if setup.spans_processes else setup.by_samples
+        of_logprobs = jax.ShapeDtypeStruct((setup.mesh.size,), jnp.int32, sharding=placement)
         return self._program(
             f"sample_B{count}",
             functools.partial(
                 sample_step, model=self._model, tree=self._head_tree, count=count, vocab_size=vocab_size,
-                alternatives=alternatives, mode=mode,
+                alternatives=alternatives, mode=mode, tells_logprobs=setup.spans_processes,
             ),
             (self._head_leaves, self._sampling, self._rows),
-            (self._rows, Sampled(0, 0, Logprobs(*[by_samples] * len(LOGPROBS)))), donated=(2,),    # type: ignore[arg-type]
-            closes_over=(mode, alternatives, vocab_size),
+            (self._rows, Sampled(0, 0, Logprobs(*[of_logprobs] * len(LOGPROBS)))), donated=(2,),    # type: ignore[arg-type]
+            closes_over=(mode, alternatives, vocab_size, setup.spans_processes),
         )
 
     def score(self, tokens: int) -> Program:

@@ -93,9 +93,17 @@ class Runner:
 
     # Start-up.
 
-    def compile_serving_set(self, progress: ProgressPort) -> None:
-        """Blocks until the smallest set of programs that can serve any request has run once."""
+    def compile_serving_set(self, progress: ProgressPort, meet: Callable[[], object] | None = None) -> None:
+        """Blocks until the smallest set of programs that can serve any request has run once.
+
+        Args:
+          meet: several processes choose a step's bucket alike only where all have all; then it waits for the others.
+        """
         self._builder.build_serving_set(progress)
+        if meet is not None:
+            self.compile_rest(progress)
+            self.wait_ready()
+            meet()
         self.rebuild()
         self._run_once()
 

@@ -41,10 +41,11 @@ def sample_step(
     vocab_size: int,
     alternatives: int,
     mode: LogprobsMode,
+    tells_logprobs: bool = False,
 ) -> tuple[RowState, Sampled]:
     """Samples one token for each of the first `count` rows of `step`; leaves and tree are those of `head_params`.
 
-    Several devices share out the rows: all know every token, each the logprobs of its own.
+    Several devices share out the rows: all know every token, each the logprobs of its own, unless it tells them too.
     """
     row_count = rows.last_token_R.shape[0]
     row_B = collectives.padded_rows(step.row_B[:count], "samples", row_count)
@@ -53,6 +54,9 @@ def sample_step(
     own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
     sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
     sampled = _told_to_all(sampled)
+    if tells_logprobs:
+        wants = rows.settings.has_logprobs_R.at[row_B].get(mode="fill", fill_value=False).any()
+        sampled = sampled._replace(logprobs=_logprobs_of_all(sampled.logprobs, wants))
     return advance(rows, row_B, sampled.token_B), sampled
 
 
@@ -62,6 +66,16 @@ def _told_to_all(sampled: Sampled) -> Sampled:
         return sampled
     told_B = collectives.all_rows(jnp.where(sampled.is_finite_B, sampled.token_B, ~sampled.token_B), "samples")
     return sampled._replace(token_B=jnp.maximum(told_B, ~told_B), is_finite_B=told_B >= 0)
+
+
+def _logprobs_of_all(found: Logprobs, wants: Array) -> Logprobs:
+    """Every device's logprobs on each; all know alike whether anybody wants them."""
+    count = collectives.part_count("samples")
+    return jax.lax.cond(
+        wants,
+        lambda: jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found),
+        lambda: no_logprobs(found.logprob_B.shape[0] * count, found.top_id_BX.shape[1]),
+    )
 
 
 def score_step(

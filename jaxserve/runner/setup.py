@@ -68,5 +68,10 @@ class RunnerSetup:
         return "triton" if is_gpu and self.dtype.itemsize == 2 else "xla"
 
     @property
+    def spans_processes(self) -> bool:
+        """Whether other processes have some of the devices: what the host reads must then be whole on each."""
+        return isinstance(self.mesh, jax.sharding.Mesh) and len(self.mesh.local_devices) < self.mesh.size
+
+    @property
     def devices(self) -> tuple[jax.Device, ...]:
         return tuple(self.mesh.devices.flat)

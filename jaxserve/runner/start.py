@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from jaxserve.runner.compile import Compiler, open_store
 from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.executable_store import ExecutableStore, default_folder
 from jaxserve.runner.kv_cache import abstract_tables
-from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages
+from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages, tightest
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import DraftSetup, RunnerSetup
 from jaxserve.sharding.split import device_spec
@@ -39,6 +39,9 @@ logger = logging.getLogger("jaxserve.start")
 SHAPING_SLOTS_MAX = 32          # rows at once with penalties, bias, bad words or allowed ids: 10 bytes x V each
 VERIFIED_SAMPLES = 64    # samples of a step with drafts, where the rows alone do not need more
 PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
+
+
+Least = Callable[[Sequence[int]], tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +59,7 @@ class Target:
 
 def plan_memory(
     *, spec: ModelSpec, params: Any, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
-    draft: DraftSetup | None = None, draft_params: Any = None,
+    draft: DraftSetup | None = None, draft_params: Any = None, least: Least | None = None,
 ) -> RunnerSetup:
     """Settles every size of a runner.
 
@@ -65,17 +68,23 @@ def plan_memory(
       params: the parameter tree, abstract (ShapeDtypeStruct) or real.
       dtype: of activations and KV pages.
       draft, draft_params: a model that drafts, and its parameters like `params`.
+      least: the least of these numbers over all processes; they must settle on the same.
     Raises:
       ConfigError: sizes that contradict each other.  CapacityError: what was asked for does not fit.
     """
-    device = mesh.devices.flat[0]
+    devices = mesh.local_devices
+    device = devices[0]
     is_cpu = device.platform == "cpu"
-    # On the CPU temporaries are malloc'd as they come, out of the reserve.
-    target = Target(
-        budget=device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=mesh.size),
-        is_cpu=is_cpu,
-        temporaries=lambda setup: 0 if is_cpu else measure_temporaries(setup, params, draft_params),
-    )
+    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=len(devices))
+    if least is not None:
+        budget = tightest(budget, least)
+
+    def temporaries(setup: RunnerSetup) -> int:
+        # On the CPU temporaries are malloc'd as they come, out of the reserve.
+        mine = 0 if is_cpu else measure_temporaries(setup, params, draft_params)
+        return mine if least is None else -least((-mine,))[0]
+
+    target = Target(budget=budget, is_cpu=is_cpu, temporaries=temporaries)
     return settle(
         spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, target=target, draft=draft,
         draft_params=draft_params, store=_store(config.compilation.compilation_cache_dir),

@@ -1,0 +1,1 @@
+"""Several processes, one on each machine, that run one model in step. Plain sockets and numpy; no jax."""

@@ -1,0 +1,156 @@
+"""Two processes of two devices each, as on two machines: they answer as one does, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+
+from jaxserve.cluster.handshake import SECRET
+from tests.conftest import Server, free_port
+from tests.e2e.test_life import SMALL, children, post
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NOTICED_S_MAX = 10.0
+ENVIRONMENT = {SECRET: "a secret of the tests"}
+Pair = tuple[Server, Server]
+
+
+@pytest.fixture
+def start_pair(serve, tiny_llama) -> Callable[..., Pair]:
+    """Starts leader and follower, and waits until they serve."""
+    def start(*flags: str, wait: bool = True) -> Pair:
+        shared = (
+            "--model", str(tiny_llama), *SMALL, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
+            "--master-port", str(free_port()), *flags,
+        )
+        leader = serve(*shared, wait=False, environment=ENVIRONMENT)
+        follower = serve(*shared, "--node-rank", "1", wait=False, environment=ENVIRONMENT)
+        if wait:
+            leader.wait_serving()
+        return leader, follower
+
+    return start
+
+
+def answers(url: str) -> list[Any]:
+    """Of twelve requests at once, greedy and drawn, some with logprobs; and of a chat."""
+    def ask(index: int) -> Any:
+        reply = post(
+            url, prompt=[1 + index, 7, 9] * (1 + index), max_tokens=8 + index, ignore_eos=True,
+            temperature=index % 2, seed=index, logprobs=2 if index % 3 == 0 else None,
+        )
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        found = (choice["logprobs"] or {}).get("token_logprobs", [])
+        return choice["text"], [round(value, 3) for value in found]
+
+    with ThreadPoolExecutor(12) as pool:
+        texts = list(pool.map(ask, range(12)))
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
+    reply = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return [*texts, reply.json()["choices"][0]["message"]["content"]]
+
+
+def test_two_processes_answer_as_one_and_stop_together(serve, start_pair, tiny_llama):
+    one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
+    expected = answers(one.url)
+    one.stop()
+    leader, follower = start_pair()
+    assert "4 x cpu on 2 machines" in leader.log()
+    assert answers(leader.url) == expected
+    os.kill(follower.pid, signal.SIGTERM)
+    assert answers(leader.url) == expected, "a follower's SIGTERM is left to the leader"
+    leader.stop()
+    assert follower.wait_exit(NOTICED_S_MAX) == 0
+    leader, follower = start_pair()     # again, from the programs that were kept
+    assert "0 compiled" in leader.log() and answers(leader.url) == expected
+
+
+class Stream(threading.Thread):
+    """A request that runs until something happens to it; `end` is its last event."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url, self.events, self.end_s = url, [], 0.0
+        self.start()
+
+    def run(self) -> None:
+        body = {"prompt": [1, 2], "max_tokens": 250, "ignore_eos": True, "temperature": 0, "stream": True}
+        try:
+            with requests.post(f"{self._url}/v1/completions", json=body, stream=True, timeout=60) as reply:
+                for line in reply.iter_lines():
+                    if line.startswith(b"data: {"):
+                        self.events.append(json.loads(line[6:]))
+        except requests.RequestException as error:
+            self.events.append({"broken": str(error)})
+        self.end_s = time.monotonic()
+
+
+@pytest.mark.parametrize(("victim", "number"), [
+    ("follower", signal.SIGKILL), ("engine", signal.SIGKILL), ("leader", signal.SIGKILL),
+    ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP),
+], ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number):
+    leader, follower = start_pair()
+    engine = children(leader.pid)[0]
+    stream = Stream(leader.url)
+    leader.wait_for(lambda: len(stream.events) > 3)
+    pid = {"follower": follower.pid, "engine": engine, "leader": leader.pid}[victim]
+    begin_s = time.monotonic()
+    os.kill(pid, number)
+    seen: list[int] = []
+    watching = threading.Thread(target=watch_health, args=(leader.url, seen), daemon=True)
+    watching.start()
+    stream.join(NOTICED_S_MAX + 1)
+    assert stream.end_s and stream.end_s - begin_s < NOTICED_S_MAX, "the running request hangs"
+    if victim == "leader":
+        assert "broken" in stream.events[-1]
+    else:
+        assert "engine died" in stream.events[-1]["error"]["message"], stream.events[-1]
+        assert leader.wait_exit(NOTICED_S_MAX + 5) == 1
+        watching.join()
+        assert 503 in seen and 200 not in seen[seen.index(503):]
+    if number == signal.SIGSTOP and victim == "follower":
+        os.kill(pid, signal.SIGCONT)
+    assert follower.wait_exit(NOTICED_S_MAX) != 0
+    assert time.monotonic() - begin_s < 2 * NOTICED_S_MAX
+
+
+def watch_health(url: str, seen: list[int]) -> None:
+    """Collects what /health says until nobody answers."""
+    while True:
+        try:
+            seen.append(requests.get(f"{url}/health", timeout=5).status_code)
+        except requests.RequestException:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("delay_s", [1.0, 4.0, 8.0])
+def test_a_follower_that_dies_while_starting_ends_the_leader(start_pair, delay_s):
+    leader, follower = start_pair(wait=False)
+    leader.wait_for(lambda: "process 1 of 2 is here" in leader.log())
+    time.sleep(delay_s)
+    os.kill(follower.pid, signal.SIGKILL)
+    assert leader.wait_exit(NOTICED_S_MAX) == 1
+    assert "process 1" in leader.log()
+
+
+def test_what_differs_is_named_and_nobody_serves(serve, tiny_llama):
+    shared = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", "--nnodes", "2", "--master-port",
+              str(free_port()))
+    leader = serve(*shared, "--max-num-seqs", "4", wait=False, environment=ENVIRONMENT)
+    follower = serve(*shared, "--max-num-seqs", "8", "--node-rank", "1", wait=False, environment=ENVIRONMENT)
+    assert leader.wait_exit(60) == 1 and follower.wait_exit(NOTICED_S_MAX) != 0
+    assert "max-num-seqs is 8 at process 1" in leader.log() and "max-num-seqs is 8" in follower.log()
