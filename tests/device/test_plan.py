@@ -24,6 +24,7 @@ from jaxserve.plan.sizes import Sized, Sizer
 from jaxserve.plan.temporaries import estimate
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import RunnerSetup
+from scripts.write_plan import PAGE, written
 from tests.device.hub_configs import HUB
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -212,3 +213,8 @@ def test_shipped_shapes_are_models(capsys: pytest.CaptureFixture[str]):
     assert main(["--config", "llama3-70b.yaml", "--devices", "8xH200", "--hf-overrides.num_hidden_layers", "2",
                  "--temporaries", "formula", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "meta-llama/Llama-3.1-70B-Instruct"
+
+
+@pytest.mark.slow
+def test_the_page_is_what_this_version_computes():
+    assert PAGE.read_text(encoding="utf-8") == written(PAGE.read_text(encoding="utf-8")), "run `make docs`"
