@@ -87,6 +87,7 @@ docs: $(VENV)/.installed-dev  ## write docs/configuration.md from the flags, doc
 	$(BIN)/python scripts/write_models.py
 	$(BIN)/python -m scripts.write_malformed_models
 	$(BIN)/python -m scripts.write_plan
+	$(BIN)/python scripts/write_quantization.py
 
 lock: $(VENV)/.installed-dev  ## write constraints.txt from what is installed in .venv and .venv-3.11
 	$(BIN)/python scripts/lock.py $(VENV) .venv-3.11

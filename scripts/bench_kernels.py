@@ -105,11 +105,18 @@ def _grouped(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
 
 
 def _packed(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
-    bytes_ = case.width // (2 if case.code == "int4" else 1)
+    bytes_ = case.width // (2 if case.code in ("int4", "lut4") else 1)
+    codes = jnp.arange(case.width_out * bytes_, dtype=jnp.uint32) % 112     # of an 8-bit float, too: never NaN
     scale_OG = jnp.full((case.width_out, case.width // case.group), 0.01, jnp.float16)
-    code_OC = jnp.arange(case.width_out * bytes_, dtype=jnp.uint32).astype(jnp.uint8).reshape(case.width_out, bytes_)
-    zero_OG = jnp.full(scale_OG.shape, 8, jnp.uint8)
-    weight = PackedWeight(code=case.code, code_OC=code_OC, scale_OG=scale_OG, zero_OG=zero_OG)
+    beside: dict[str, jax.Array] = {}
+    if case.code == "lut4":
+        beside["table_ET"] = _random((case.width_out, 16), jnp.dtype(jnp.float32))
+    elif case.code != "fp8":
+        beside["zero_OG"] = jnp.full(scale_OG.shape, 8, jnp.uint8)
+    weight = PackedWeight(
+        code=case.code, code_OC=codes.astype(jnp.uint8).reshape(case.width_out, bytes_),
+        scale_OG=scale_OG if "zero_OG" in beside else scale_OG.astype(jnp.float32), **beside,
+    )
     call = partial(quantized_matmul, implementation=implementation)
     return call, (_random((case.tokens, case.width), dtype), weight)
 

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxserve.core.model_spec import ClampedSwiglu, Experts, MoeMlp, Router
 from jaxserve.layers.linear import Linear, matmul
 from jaxserve.layers.mlp import ACTIVATIONS, DenseMlp
+from jaxserve.quantization.packed import PackedTensor
 from jaxserve.sharding import collectives
 from kernels_pallas.grouped_matmul import grouped_matmul
 
@@ -37,8 +38,8 @@ class MixtureOfExperts(nn.Module):
         F, D = spec.experts.width, self.width
         self.router_ED = self._param("router", (E, D), (None, "width"))
         E_here = spec.experts.count_here or E
-        self.gate_up_EOD = self._param("experts_gate_up", (E_here, 2 * F, D), ("experts", "expert_gate_up", "width"))
-        self.down_EDF = self._param("experts_down", (E_here, D, F), ("experts", "width", "expert_mlp"))
+        self.gate_up_EOD = self._stack("experts_gate_up", (E_here, 2 * F, D), ("experts", "expert_gate_up", "width"))
+        self.down_EDF = self._stack("experts_down", (E_here, D, F), ("experts", "width", "expert_mlp"))
         if spec.router.has_bias:
             self.router_bias_E = self._param("router_bias", (E,), (None,))
         if spec.router.has_correction:
@@ -83,12 +84,12 @@ class MixtureOfExperts(nn.Module):
         order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
         count_E = jnp.zeros(E, jnp.int32).at[expert_A].add(1, mode="drop")
         sorted_A = expert_A[order_A]
-        multiply = functools.partial(grouped_matmul, count_E=count_E, implementation=self.implementation)
-        gate_up_AO = multiply(x_TD[order_A // X], self.gate_up_EOD)
+        multiply = functools.partial(self._multiply, count_E=count_E)
+        gate_up_AO = multiply(x_TD[order_A // X], self.gate_up_EOD, axis="width")
         if spec.has_bias:
             gate_up_AO = gate_up_AO + self.gate_up_bias_EO[sorted_A].astype(jnp.float32)
         hidden_AF = gated(gate_up_AO, spec).astype(self.dtype)
-        out_AD = multiply(hidden_AF, self.down_EDF)
+        out_AD = multiply(hidden_AF, self.down_EDF, axis="expert_mlp")
         if spec.has_bias:
             bias_AD = self.down_bias_ED[sorted_A].astype(jnp.float32)
             if collectives.part_count("expert_mlp") > 1:    # once, not by every part
@@ -100,6 +101,16 @@ class MixtureOfExperts(nn.Module):
             out_AD = jnp.where(is_here_A[:, None], out_AD, 0)
         out_TXD = out_AD.reshape(T, X, -1)
         return jnp.sum(out_TXD * weight_TX[:, :, None], axis=1)
+
+    def _multiply(self, x_AI: Array, weight_EOI: Array | PackedTensor, count_E: Array, axis: str) -> Array:
+        if not isinstance(weight_EOI, PackedTensor):
+            return grouped_matmul(x_AI, weight_EOI, count_E, implementation=self.implementation)
+        rounded_AI, scale = weight_EOI.rounded(x_AI, axis)
+        return grouped_matmul(rounded_AI, weight_EOI.weight, count_E, implementation="xla") * scale
+
+    def _stack(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Array | PackedTensor:
+        """Matrices as they were loaded, which may be packed."""
+        return self._param(name, shape, axes) if self.is_initializing() else self.get_variable("params", name)
 
     def _param(
         self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike | None = None

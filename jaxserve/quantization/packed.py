@@ -60,7 +60,7 @@ class PackedTensor(QTensor):
     activations: Activations = field(default="none", metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
     def matmul(self, x_TI: Array, axis: str | None = None) -> Array:
@@ -72,22 +72,26 @@ class PackedTensor(QTensor):
         return y_TO.at[:, self.sparse.row_N].add(x_TN * self.sparse.value_N)
 
     def _product(self, x_TI: Array, axis: str | None) -> Array:
+        rounded_TI, scale = self.rounded(x_TI, axis)
+        return quantized_matmul(rounded_TI, self.weight) * scale
+
+    def rounded(self, x_TI: Array, axis: str | None) -> tuple[Array, Array | float]:
+        """Rows as the format wants them, in their type, and what their products are multiplied by."""
         if self.activations == "none":
-            return quantized_matmul(x_TI, self.weight)
+            return x_TI, 1.0
         if self.activations == "group":
-            groups = self.weight.scale_OG.shape[1]
-            x_TGI = x_TI.astype(jnp.float32).reshape(len(x_TI), groups, -1)
-            value_TGI, scale_TG1 = _rounded(x_TGI, None, None)
+            groups = self.weight.scale_OG.shape[-1]
+            value_TGI, scale_TG1 = _rounded(x_TI.astype(jnp.float32).reshape(len(x_TI), groups, -1), None, None)
             # A scale a group cannot leave the sum: it goes back into the row, rounded once more to the row's type.
-            return quantized_matmul((value_TGI * scale_TG1).reshape(x_TI.shape).astype(x_TI.dtype), self.weight)
+            return (value_TGI * scale_TG1).reshape(x_TI.shape).astype(x_TI.dtype), 1.0
         value_TI, scale_T1 = _rounded(x_TI.astype(jnp.float32), self.input_scale, axis)
-        return quantized_matmul(value_TI.astype(x_TI.dtype), self.weight) * scale_T1
+        return value_TI.astype(x_TI.dtype), scale_T1
 
     def take(self, id_T: Array) -> Array:
         raise NotImplementedError("embeddings are not packed")
 
     def plain(self) -> Array:
-        """The matrix, float32 [O, I], in the order of the inputs; for tests."""
+        """The matrix, float32 [..., O, I], in the order of the inputs; for tests."""
         weight_OI = dequantised(self.weight)
         if self.order_I is not None:
             weight_OI = jnp.zeros_like(weight_OI).at[:, self.order_I].set(weight_OI)
@@ -113,8 +117,12 @@ def group_size(form: Form, columns: Runs) -> int:
     return size if size % step == 0 or (size == ins and form.code not in ("int4", "lut4")) else 0
 
 
-def fits(form: Form, columns: Runs) -> bool:
-    """Whether devices that have these inputs can keep the form."""
+def fits(form: Form, columns: Runs, *, is_stack: bool = False) -> bool:
+    """Whether devices that have these inputs can keep the form, of one matrix or of a stack of experts'."""
+    if is_stack and (
+        form.has_order or form.sparse_count or form.code in ("w8a8", "lut4") or form.activations == "static"
+    ):
+        return False
     if form.code == "w8a8":
         return True
     return group_size(form, columns) > 0 and (_is_whole(columns) or not (form.has_order or form.sparse_count))
@@ -129,31 +137,32 @@ def _edges(run: Run) -> tuple[int, int]:
 
 
 def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs) -> PackedTensor:
-    """What a matrix becomes, as shapes and placements; `leaf` is the plain one over all devices."""
-    outs, ins = leaf.shape
+    """What a matrix, or a stack of them, becomes as shapes and placements; `leaf` is the plain one over all devices."""
+    *outs, ins = leaf.shape
+    axes = tuple(range(len(leaf.shape)))
     groups = ins // group_size(form, columns)
 
     def array(shape: tuple[int, ...], dtype: Any, axes: tuple[int | None, ...]) -> Any:
         placed = leaf.sharding
         if isinstance(placed, NamedSharding):
-            spec = (*placed.spec, None, None)
+            spec = (*placed.spec, *(None for _ in leaf.shape))
             placed = NamedSharding(placed.mesh, PartitionSpec(*(None if at is None else spec[at] for at in axes)))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     def by_group(dtype: Any) -> Any:
-        return array((outs, groups), dtype, (0, 1))
+        return array((*outs, groups), dtype, axes)
 
     extra = {
         "zero": lambda: {"zero_OG": by_group(jnp.uint8)},
         "offset": lambda: {"offset_OG": by_group(form.scale)},
-        "table": lambda: {"table_ET": array((outs, TABLE), jnp.float32, (0, None))},
+        "table": lambda: {"table_ET": array((*outs, TABLE), jnp.float32, (*axes[:-1], None))},
         "shared table": lambda: {"table_ET": array((1, TABLE), jnp.float32, (None, None))},
         "none": dict,
     }[form.extra]()
     assert form.code != "w8a8"
     bytes_ = ins // 2 if form.code in ("int4", "lut4") else ins
     weight = PackedWeight(
-        code=form.code, code_OC=array((outs, bytes_), jnp.uint8, (0, 1)), scale_OG=by_group(form.scale), **extra
+        code=form.code, code_OC=array((*outs, bytes_), jnp.uint8, axes), scale_OG=by_group(form.scale), **extra
     )
     count = form.sparse_count
     sparse = None if not count else Sparse(
@@ -168,19 +177,20 @@ def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs) -> PackedTen
 
 
 def make(
-    like: PackedTensor, codes: GroupCodes | TableCodes | FloatCodes, layout: tuple[Runs, Runs], cut: Cut,
+    like: PackedTensor, codes: GroupCodes | TableCodes | FloatCodes, layout: tuple[Runs, ...], cut: Cut,
     empty: Callable[..., Host],
 ) -> PackedTensor:
     """The tensor on its devices.
 
     Args:
-      like: of abstract values, placed.  layout: which rows and columns of the whole matrix the devices have.
+      like: of abstract values, placed.  layout: what of the whole matrix the devices have, along each axis.
+      codes: of a stack, one matrix under the other.
       cut: see `Cut`.  empty: memory (shape, dtype) that a device adopts.
     """
-    weight, (rows, columns) = like.weight, layout
-    ins = sum(run.count for run in columns)
-    size = ins // weight.scale_OG.shape[1]
-    by_group = (rows, tuple(_in_groups(run, size) for run in columns))
+    weight, (*rows, columns) = like.weight, layout
+    size = sum(run.count for run in columns) // weight.scale_OG.shape[-1]
+    by_group = (*rows, tuple(_in_groups(run, size) for run in columns))
+    stack = tuple(_size(runs) for runs in rows)
 
     def put(leaf: Any, whole: Host, runs: tuple[Runs, ...]) -> Array:
         slices = cut(np.ascontiguousarray(whole).astype(leaf.dtype, copy=False), runs)     # type: ignore[arg-type]
@@ -189,13 +199,16 @@ def make(
     code_OI, order_I = _codes(codes)
     if order_I is not None:
         code_OI = code_OI[:, order_I]
-    of_codes = cut(code_OI, layout)
+    of_codes = cut(code_OI.reshape(*stack, -1), layout)
     packed = _halves(of_codes, empty) if weight.is_half else of_codes
     code_OC = jax.make_array_from_callback(weight.code_OC.shape, weight.code_OC.sharding, packed).block_until_ready()
     found: dict[str, Array] = {}
     for name, whole in _beside(codes, size).items():
-        runs = by_group if name != "table_ET" else (rows if len(whole) > 1 else (Run(0, 1),), (Run(0, TABLE),))
-        found[name] = put(getattr(weight, name), whole, runs)
+        if name == "table_ET" and len(whole) == 1:
+            found[name] = put(getattr(weight, name), whole, ((Run(0, 1),), (Run(0, TABLE),)))
+            continue
+        runs = by_group if name != "table_ET" else (*rows, (Run(0, TABLE),))
+        found[name] = put(getattr(weight, name), whole.reshape(*stack, -1), runs)
     return PackedTensor(
         weight=PackedWeight(code=weight.code, code_OC=code_OC, **found),
         order_I=None if like.order_I is None else put(like.order_I, order_I, (_all(order_I),)),     # type: ignore[arg-type]
@@ -208,6 +221,11 @@ def make(
         }),
         activations=like.activations,
     )
+
+
+def _size(runs: Runs) -> int:
+    """Rows of the whole axis: where the last run that is not padding ends."""
+    return max(run.start + run.count for run in runs if run.start is not None)
 
 
 def _all(values: Host | None) -> Runs:
@@ -252,14 +270,15 @@ def _beside(codes: GroupCodes | TableCodes | FloatCodes, size: int) -> dict[str,
 def _halves(slices: Callable[[tuple[slice, ...]], Host], empty: Callable[..., Host]) -> Any:
     """Two codes a byte, as `kernels_pallas.quantized_matmul.weights` lays them."""
     def read(index: tuple[slice, ...]) -> Host:
-        rows, bytes_ = index
+        *rows, bytes_ = index
         start, stop = bytes_.start or 0, bytes_.stop
-        code_OI = slices((rows, slice(2 * start, None if stop is None else 2 * stop)))
-        block = code_OI.reshape(len(code_OI), -1, 2, BLOCK // 2)
-        out = empty((len(code_OI), code_OI.shape[1] // 2), np.dtype(np.uint8))
-        into = out.reshape(len(code_OI), -1, BLOCK // 2)
-        np.left_shift(block[:, :, 1], 4, out=into)
-        into |= block[:, :, 0]
+        code_OI = slices((*rows, slice(2 * start, None if stop is None else 2 * stop)))
+        *outs, ins = code_OI.shape
+        block = code_OI.reshape(*outs, ins // BLOCK, 2, BLOCK // 2)
+        out = empty((*outs, ins // 2), np.dtype(np.uint8))
+        into = out.reshape(*outs, ins // BLOCK, BLOCK // 2)
+        np.left_shift(block[..., 1, :], 4, out=into)
+        into |= block[..., 0, :]
         return out
 
     return read

@@ -19,8 +19,8 @@ class QTensor(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the matrix it stands for."""
+    def shape(self) -> tuple[int, ...]:
+        """(out, in) of the matrix it stands for, more of a stack."""
 
     @abc.abstractmethod
     def matmul(self, x_TI: Array, axis: str | None = None) -> Array:

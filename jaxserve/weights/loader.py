@@ -111,7 +111,8 @@ def place(
                 return int8.make(leaf, lambda rows: shard((rows, slice(None))), aligned_empty)
             return int8.adopt(leaf, found, layout, _cut)     # type: ignore[arg-type]
         if found is None:
-            found = online.float_codes(read(source, (slice(None), slice(None))).astype(np.float32))
+            whole = read(source, (slice(None),) * len(layout))
+            found = online.float_codes(whole.astype(np.float32))
         return packed.make(leaf, found, layout, _cut, aligned_empty)     # type: ignore[arg-type]
 
     with ThreadPoolExecutor(min(THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="weights") as pool:

@@ -79,7 +79,7 @@ def plan(spec: ModelSpec, mesh: Mesh, assemblies: list[Assembly]) -> Packing:
     found = {}
     for assembly, layout in zip(assemblies, layouts(spec, mesh), strict=True):
         form = _common_form(assembly)
-        if form is not None and packed.fits(form, layout[-1]):
+        if form is not None and packed.fits(form, layout[-1], is_stack=len(layout) == 3):
             found[assembly.path] = Packed(form=form, columns=layout[-1])
     return found
 
@@ -98,7 +98,7 @@ def _common_form(assembly: Assembly) -> Form | None:
     sparse_count = 0
     for block in assembly.blocks:
         data = block.tensor.data
-        if not isinstance(data, PackedMatrix) or block.view is not None or block.shape != data.shape:
+        if not isinstance(data, PackedMatrix) or block.view is not None or block.shape[-2:] != data.shape:
             return None
         if first is not None and replace(data.form, sparse_count=0) != replace(first.form, sparse_count=0):
             return None

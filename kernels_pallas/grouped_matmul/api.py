@@ -1,6 +1,7 @@
 """Grouped matrix product: the first count_E[0] rows meet weight_EOI[0], the next count_E[1] rows weight_EOI[1], …
 
-Contract: sums in float32, given back in float32. Rows past the last group are arbitrary.
+Contract: sums in float32, given back in float32. Rows past the last group are arbitrary. Weights may be packed: each is
+then the float32 value that `quantized_matmul.weights` spells, rounded to the rows' type.
 A row's result depends on that row and its weight only.
 """
 
@@ -13,6 +14,7 @@ from jax import Array
 
 from kernels_pallas import contract
 from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.quantized_matmul.weights import PackedWeight, violations
 
 
 def _implementation(name: str) -> Callable[..., Array]:
@@ -23,22 +25,30 @@ def _implementation(name: str) -> Callable[..., Array]:
     return {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}[name]
 
 
-def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, implementation: str | None = None) -> Array:
+def grouped_matmul(
+    x_TI: Array, weight_EOI: Array | PackedWeight, count_E: Array, *, implementation: str | None = None
+) -> Array:
     """x · weightᵀ, group by group; [T, O] float32.
 
     Args:
-      x_TI: rows sorted by group.  weight_EOI: one matrix a group, as checkpoints store it.
+      x_TI: rows sorted by group.  weight_EOI: one matrix a group, as checkpoints store it, or packed.
       count_E: rows of each group, int32; their sum is at most T.
-      implementation: "xla", "reference", "triton" (GPUs, 16-bit values), or None for the first that serves the request.
+      implementation: "xla", "reference", "triton" (GPUs, 16-bit values, not packed), or None for the first that serves
+        the request.
     """
     found = []
-    if x_TI.ndim != 2 or weight_EOI.ndim != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
+    is_packed = isinstance(weight_EOI, PackedWeight)
+    if isinstance(weight_EOI, PackedWeight):
+        found += violations(weight_EOI)
+    if x_TI.ndim != 2 or len(weight_EOI.shape) != 3 or x_TI.shape[1] != weight_EOI.shape[2]:
         found.append(f"x must be [T, I], weights [E, O, I]; got {x_TI.shape} and {weight_EOI.shape}")
     elif count_E.shape != weight_EOI.shape[:1] or count_E.dtype != jnp.int32:
         found.append(f"counts must be int32 [{weight_EOI.shape[0]}], got {count_E.dtype}{list(count_E.shape)}")
-    if x_TI.dtype != weight_EOI.dtype or x_TI.dtype not in contract.FLOATS:
-        found.append(f"rows and weights must be alike and float, got {x_TI.dtype} and {weight_EOI.dtype}")
+    weights = x_TI.dtype if isinstance(weight_EOI, PackedWeight) else weight_EOI.dtype
+    if x_TI.dtype != weights or x_TI.dtype not in contract.FLOATS:
+        found.append(f"rows and weights must be alike and float, got {x_TI.dtype} and {weights}")
     contract.require("grouped_matmul", found)
-    exact = ["float32 would be rounded to 10 bits by the tensor cores"] if x_TI.dtype == jnp.float32 else []
-    refusals = {"xla": list, "reference": list, "triton": lambda: exact}
+    against = ["float32 would be rounded to 10 bits by the tensor cores"] if x_TI.dtype == jnp.float32 else []
+    against += ["weights are packed"] if is_packed else []
+    refusals = {"xla": list, "reference": list, "triton": lambda: against}
     return _implementation(contract.choose("grouped_matmul", implementation, refusals))(x_TI, weight_EOI, count_E)

@@ -33,11 +33,13 @@ def quantized_matmul(x_TI: Array, weight: PackedWeight, *, implementation: str |
 
     Args:
       x_TI: rows, float32, bfloat16 or float16.
-      implementation: "native" (CPUs that have its instructions, bfloat16), "triton" (GPUs, 16-bit rows, integer codes
-        and tables), "xla", "reference", or None for the first that serves the request.
+      implementation: "native" (CPUs that have its instructions, bfloat16), "triton" (GPUs, 16-bit
+        rows), "xla", "reference", or None for the first that serves the request.
     """
     found = violations(weight)
-    if x_TI.ndim != 2 or x_TI.shape[1] != weight.shape[1]:
+    if len(weight.shape) != 2:
+        found.append(f"one matrix, got {weight.shape}; `grouped_matmul` takes stacks")
+    elif x_TI.ndim != 2 or x_TI.shape[1] != weight.shape[1]:
         found.append(f"x must be [T, {weight.shape[1]}], got {x_TI.shape}")
     if x_TI.dtype not in contract.FLOATS:
         found.append(f"x must be float32, bfloat16 or float16, got {x_TI.dtype}")
@@ -61,6 +63,4 @@ def _triton_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
     found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
     if x_TI.dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"rows must be bfloat16 or float16 (tensor cores), got {x_TI.dtype}")
-    if weight.code not in ("int4", "int8"):
-        found.append(f"only integer codes, not {weight.code}")
     return found

@@ -29,6 +29,8 @@ CASES = tuple(
         ("qwen2.5-3b-awq", "int4", 128, 2048, 22016),
         ("llama-3.1-8b-gptq", "int4", 128, 4096, 28672),
         ("llama-3.1-70b-w8a16", "int8", 128, 8192, 57344),
+        ("llama-2-7b-squeezellm", "lut4", 4096, 4096, 22016),
+        ("qwen3-8b-fp8", "fp8", 128, 4096, 24576),
     )
     for tokens in (1, 16, 2048)
 )

@@ -30,7 +30,7 @@ SCALES = (jnp.float16, jnp.float32)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedWeight:
-    """A matrix [O, I] in packed form.
+    """A matrix [O, I] in packed form; every array may have further axes in front, which make it a stack of matrices.
 
     Attributes:
       code: how codes are read.
@@ -53,14 +53,14 @@ class PackedWeight:
         return self.code in ("int4", "lut4")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        outs, bytes_ = self.code_OC.shape
-        return outs, bytes_ * (2 if self.is_half else 1)
+    def shape(self) -> tuple[int, ...]:
+        *outs, bytes_ = self.code_OC.shape
+        return *outs, bytes_ * (2 if self.is_half else 1)
 
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
-        return self.shape[1] // self.scale_OG.shape[1]
+        return self.shape[-1] // self.scale_OG.shape[-1]
 
     @property
     def extra(self) -> tuple[str, Array | None]:
@@ -76,15 +76,15 @@ def violations(weight: PackedWeight) -> list[str]:
     found = []
     if weight.code not in get_args(Code):
         return [f"code {weight.code!r} is none of {', '.join(get_args(Code))}"]
-    (outs, ins), scale = weight.shape, weight.scale_OG
+    (*stack, outs, ins), scale = weight.shape, weight.scale_OG
     if weight.code_OC.dtype != jnp.uint8:
         found.append(f"codes must be uint8, got {weight.code_OC.dtype}")
     if scale.dtype not in SCALES:
         found.append(f"scales must be float16 or float32, got {scale.dtype}")
-    if scale.ndim != 2 or scale.shape[0] != outs or ins % scale.shape[1]:
-        return [*found, f"scales must be [{outs}, G] with G dividing {ins}, got {scale.shape}"]
+    if scale.ndim < 2 or scale.shape[:-1] != (*stack, outs) or ins % scale.shape[-1]:
+        return [*found, f"scales must be {[*stack, outs, 'G']} with G dividing {ins}, got {scale.shape}"]
     step = BLOCK if weight.is_half else GROUP_MIN
-    if (weight.group_size % step and scale.shape[1] > 1) or (weight.is_half and ins % BLOCK):
+    if (weight.group_size % step and scale.shape[-1] > 1) or (weight.is_half and ins % BLOCK):
         found.append(f"groups of {weight.code} must be multiples of {step} inputs, got {weight.group_size}")
     names = {"int4": ("zero", "offset"), "int8": ("zero", "offset"), "lut4": ("table",), "fp8": ("none",)}[weight.code]
     name, extra = weight.extra
@@ -96,39 +96,39 @@ def violations(weight: PackedWeight) -> list[str]:
     elif name == "offset" and (extra.dtype != scale.dtype or extra.shape != scale.shape):     # type: ignore[union-attr]
         found.append(f"offsets must be like the scales, got {extra.dtype}{extra.shape}")     # type: ignore[union-attr]
     elif name == "table" and (
-        extra.dtype != jnp.float32 or extra.shape not in ((1, TABLE), (outs, TABLE))     # type: ignore[union-attr]
+        extra.dtype != jnp.float32 or extra.shape not in ((*stack, 1, TABLE), (*stack, outs, TABLE))     # type: ignore[union-attr]
     ):
         found.append(f"tables must be float32 [{outs} or 1, {TABLE}]")
     return found
 
 
 def unpacked(weight: PackedWeight) -> Array:
-    """The codes, one an element, uint8 [O, I]."""
+    """The codes, one an element, uint8 [..., O, I]."""
     if not weight.is_half:
         return weight.code_OC
-    outs, ins = weight.shape
-    block = weight.code_OC.reshape(outs, ins // BLOCK, BLOCK // 2)
-    return jnp.stack([block & 15, block >> 4], axis=2).reshape(outs, ins)
+    *outs, ins = weight.shape
+    block = weight.code_OC.reshape(*outs, ins // BLOCK, BLOCK // 2)
+    return jnp.stack([block & 15, block >> 4], axis=-2).reshape(*outs, ins)
 
 
 def dequantised(weight: PackedWeight, dtype: DTypeLike = jnp.float32) -> Array:
-    """The matrix [O, I]: computed in float32, then rounded to `dtype`."""
-    (outs, ins), code_OI = weight.shape, unpacked(weight)
-    groups = weight.scale_OG.shape[1]
+    """The matrix [..., O, I]: computed in float32, then rounded to `dtype`."""
+    (*outs, ins), code_OI = weight.shape, unpacked(weight)
+    groups = weight.scale_OG.shape[-1]
 
     def by_group(value_OI: Array) -> Array:
-        return value_OI.reshape(outs, groups, ins // groups)
+        return value_OI.reshape(*outs, groups, ins // groups)
 
-    scale_OG1 = weight.scale_OG.astype(jnp.float32)[:, :, None]
+    scale_OG1 = weight.scale_OG.astype(jnp.float32)[..., None]
     if weight.code == "fp8":
         value = by_group(jax.lax.bitcast_convert_type(code_OI, jnp.float8_e4m3fn).astype(jnp.float32)) * scale_OG1
     elif weight.table_ET is not None:
-        table_OT = jnp.broadcast_to(weight.table_ET, (outs, TABLE))
-        value = by_group(jnp.take_along_axis(table_OT, code_OI.astype(jnp.int32), axis=1)) * scale_OG1
+        table_OT = jnp.broadcast_to(weight.table_ET, (*outs, TABLE))
+        value = by_group(jnp.take_along_axis(table_OT, code_OI.astype(jnp.int32), axis=-1)) * scale_OG1
     elif weight.zero_OG is not None:
-        zero_OG1 = weight.zero_OG.astype(jnp.float32)[:, :, None]
+        zero_OG1 = weight.zero_OG.astype(jnp.float32)[..., None]
         value = (by_group(code_OI.astype(jnp.float32)) - zero_OG1) * scale_OG1
     else:
         assert weight.offset_OG is not None
-        value = by_group(code_OI.astype(jnp.float32)) * scale_OG1 + weight.offset_OG.astype(jnp.float32)[:, :, None]
-    return value.reshape(outs, ins).astype(dtype)
+        value = by_group(code_OI.astype(jnp.float32)) * scale_OG1 + weight.offset_OG.astype(jnp.float32)[..., None]
+    return value.reshape(*outs, ins).astype(dtype)

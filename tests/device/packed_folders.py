@@ -28,6 +28,15 @@ MATRICES = {
     "self_attn.v_proj": (KV_HEADS * HEAD_DIM, WIDTH), "self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
     "mlp.gate_proj": (MLP, WIDTH), "mlp.up_proj": (MLP, WIDTH), "mlp.down_proj": (WIDTH, MLP),
 }
+EXPERTS = 4
+MOE_CONFIG = CONFIG | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+}
+OF_EXPERTS = {name: shape for name, shape in MATRICES.items() if name.startswith("self_attn")} | {
+    f"block_sparse_moe.experts.{index}.{name}": (WIDTH, MLP) if name == "w2" else (MLP, WIDTH)
+    for index in range(EXPERTS) for name in ("w1", "w2", "w3")
+}
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)      # of the nibbles of a word, lowest first
 
 Host = np.ndarray[Any, np.dtype[Any]]
@@ -35,8 +44,8 @@ Module = tuple[dict[str, Host], Host]       # stored tensors by suffix, and the 
 Make = Callable[[np.random.Generator, int, int], Module]
 
 
-def write_folders(kind: str, folder: Path) -> tuple[Path, Path]:
-    """The quantised checkpoint and the plain one, as folders under `folder`."""
+def write_folders(kind: str, folder: Path, *, has_experts: bool = False) -> tuple[Path, Path]:
+    """The quantised checkpoint and the plain one, as folders under `folder`; of a Mixtral, if it has experts."""
     config, make = KINDS[kind]
     rng = np.random.default_rng(7)
     packed: dict[str, Host] = {"model.embed_tokens.weight": _floats(rng, (VOCAB, WIDTH), 0.5)}
@@ -46,9 +55,12 @@ def write_folders(kind: str, folder: Path) -> tuple[Path, Path]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             name = f"model.layers.{layer}.{norm}.weight"
             packed[name] = plain[name] = (1 + _floats(rng, (WIDTH,), 0.1)).astype(np.float16)
-        for part, (outs, ins) in MATRICES.items():
+        if has_experts:
+            name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+            packed[name] = plain[name] = _floats(rng, (EXPERTS, WIDTH), 0.3)
+        for number, (part, (outs, ins)) in enumerate((OF_EXPERTS if has_experts else MATRICES).items()):
             module = f"model.layers.{layer}.{part}"
-            stored, values = make(np.random.default_rng([len(part), outs, layer]), outs, ins)
+            stored, values = make(np.random.default_rng([number, outs, layer]), outs, ins)
             packed |= {f"{module}.{suffix}": np.ascontiguousarray(array) for suffix, array in stored.items()}
             plain[f"{module}.weight"] = values.astype(np.float32)
     found = []
@@ -56,7 +68,7 @@ def write_folders(kind: str, folder: Path) -> tuple[Path, Path]:
         into = folder / name
         into.mkdir(parents=True)
         write_file(into / "model.safetensors", tensors)
-        (into / "config.json").write_text(json.dumps({**CONFIG, **extra}))
+        (into / "config.json").write_text(json.dumps({**(MOE_CONFIG if has_experts else CONFIG), **extra}))
         found.append(into)
     return found[0], found[1]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.hf import read_config
 from jaxserve.models.registry import read_spec
+from jaxserve.quantization import online
 from jaxserve.quantization.formats.registry import find_scheme
 from jaxserve.quantization.int8 import Int8Tensor
 from jaxserve.quantization.packed import PackedTensor
@@ -26,7 +28,11 @@ from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.loader import load_params, open_checkpoint
 from jaxserve.weights.packed import plan
-from tests.device.fixture_models import attend_densely
+from kernels_pallas.native import api as native
+from kernels_pallas.native.packed import VARIANTS
+from kernels_pallas.quantized_matmul.api import _triton_refusals
+from scripts.write_quantization import PAGE, Shown, with_table
+from tests.device.fixture_models import FIXTURES, attend_densely
 from tests.device.packed_folders import KINDS, write_folders
 
 TOKENS = jnp.arange(3, 43)
@@ -79,8 +85,15 @@ def matrix(tensor: QTensor) -> jax.Array:
     return tensor.plain()
 
 
+def matmul(self: QTensor, x_TI: jax.Array, axis: str | None = None) -> jax.Array:
+    """What a packed product should give."""
+    return jnp.matmul(rounded(x_TI, self), matrix(self).T, precision="highest")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_plain_weights(kind: str, folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_those_of_the_plain_weights(
+    kind: str, folders: Any, shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed_folder, plain_folder = folders(kind)
     packed, plain = loaded(packed_folder), loaded(plain_folder)
     count = 0
@@ -90,19 +103,83 @@ def test_logits_are_those_of_the_plain_weights(kind: str, folders: Any, monkeypa
             np.testing.assert_allclose(matrix(tensor), expected, rtol=1e-6, atol=1e-7, err_msg=str(path))
             count += 1
     assert count == 8, "qkv, out, gate and up, down of two layers stay packed"
+    shown[kind] = described(kind, packed)
     got = logits(packed_folder, packed)
     if not KINDS[kind][0].get("activation_scheme") and "input_activations" not in str(KINDS[kind][0]):
         expected = logits(plain_folder, plain)
     else:
-        def matmul(self: QTensor, x_TI: jax.Array, axis: str | None = None) -> jax.Array:
-            return jnp.matmul(rounded(x_TI, self), matrix(self).T, precision="highest")
-
         monkeypatch.setattr(Int8Tensor, "matmul", matmul)
         monkeypatch.setattr(PackedTensor, "matmul", matmul)
         expected = logits(packed_folder, packed)
         assert np.abs(expected - logits(plain_folder, plain)).max() > 1e-3 * np.abs(expected).max(), "rounding shows"
     assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
     assert np.abs(expected).max() > 1, "the model says something"
+
+
+@pytest.mark.parametrize("kind", ["gptq-4bit", "awq", "fp8-block"])
+def test_experts_stay_packed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed_folder, plain_folder = write_folders(kind, tmp_path, has_experts=True)
+    packed, plain = loaded(packed_folder), loaded(plain_folder)
+    for name in ("experts_gate_up", "experts_down"):
+        tensor = packed["layers_1"]["mlp"][name]
+        assert isinstance(tensor, PackedTensor)
+        np.testing.assert_allclose(tensor.plain(), plain["layers_1"]["mlp"][name], rtol=1e-6, atol=1e-7)
+    got = logits(packed_folder, packed)
+    if kind == "fp8-block":
+        monkeypatch.setattr(PackedTensor, "rounded", lambda self, x_TI, axis: (rounded(x_TI, self), 1.0))
+        expected = logits(packed_folder, packed)
+    else:
+        expected = logits(plain_folder, plain)
+    assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, Shown]:
+    """What passed, for the page."""
+    return {}
+
+
+def described(kind: str, params: Any) -> Shown:
+    """The down-projection, and who would multiply it in bfloat16."""
+    tensor = params["layers_0"]["mlp"]["down"]["weight"]
+    bits = 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(tensor)) / (64 * 128)
+    common = {"kind": kind, "method": KINDS[kind][0]["quant_method"], "bits": round(bits, 2)}
+    if isinstance(tensor, Int8Tensor):
+        activations = "token" if tensor.input_scale is None else "static"
+        return Shown(**common, code="int8", activations=activations, cpu="native, else lanes and xla", gpu="xla")
+    assert isinstance(tensor, PackedTensor)
+    assert native._variant(tensor.weight) in VARIANTS
+    x_TI = jnp.zeros((1, 128), jnp.bfloat16)
+    only_here = ["needs a GPU, the target is 'cpu'"]
+    return Shown(
+        **common, code=tensor.weight.code, activations=tensor.activations, cpu="native, else xla",
+        gpu="triton" if _triton_refusals(x_TI, tensor.weight) == only_here else "xla",
+    )
+
+
+def test_the_table_is_what_these_tests_showed(shown: dict[str, Shown], request: pytest.FixtureRequest) -> None:
+    """docs/quantization.md; `make docs` writes it by running this file."""
+    if set(shown) < set(KINDS):
+        pytest.skip("not every format was run, or one failed")
+    text = with_table(PAGE.read_text(), shown.values())
+    if request.config.getoption("--write-docs"):
+        PAGE.write_text(text)
+    assert PAGE.read_text() == text, "docs/quantization.md is old: run `make docs`"
+
+
+def test_fp8_online_takes_the_nearest_floats_of_each_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mesh = FIXTURES / "tiny-llama-tied", make_mesh(jax.devices()[:1])
+    spec = read_spec(folder)
+    plain = load_params(spec, folder, mesh, jnp.float32)
+    made = load_params(spec, folder, mesh, jnp.float32, packing=online.packing(spec, "fp8", mesh))
+    tensor, weight = (tree["layers_0"]["mlp"]["down"]["weight"] for tree in (made, plain))
+    scale = np.abs(weight).max(1, keepdims=True) / 448
+    expected = (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+    np.testing.assert_allclose(tensor.plain(), expected, rtol=1e-6)
+    got, exact = logits(folder, made), logits(folder, plain)
+    assert 0.95 < np.corrcoef(got.ravel(), exact.ravel())[0, 1] < 0.999, "rounding shows, but little"
+    monkeypatch.setattr(PackedTensor, "matmul", matmul)
+    assert np.abs(got - logits(folder, made)).max() <= 1e-3 * np.abs(got).max()
 
 
 @pytest.mark.parametrize("kind", ["gptq-4bit", "gptq-8bit", "ct-w8a8", "fp8-block", "ct-fp8"])

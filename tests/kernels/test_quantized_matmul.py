@@ -119,7 +119,7 @@ def test_products_of_int8_are_exact(tokens: int, outs: int, ins: int) -> None:
     np.testing.assert_array_equal(found, x_TI.astype(np.int32) @ weight_OI.astype(np.int32).T)
 
 
-@pytest.mark.parametrize("kind", ["int4-zero", "int4-offset", "int8-zero", "int8-offset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_triton_kernel_equals_the_reference(kind: str) -> None:
     """Interpreted, on sizes that are no multiple of a block."""
     with warnings.catch_warnings():

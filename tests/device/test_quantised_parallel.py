@@ -1,0 +1,57 @@
+"""Quantised checkpoints on several devices answer as on one; groups that devices cannot share are decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.device.packed_folders import KINDS, write_folders
+
+SCRIPT = Path(__file__).with_name("sharded_engine.py")
+ROOT = Path(__file__).parents[2]
+CASES = [{"prompt_token_ids": list(range(3 + i, 12 + 5 * i))} for i in range(3)]
+
+
+def measured(
+    kind: str, sizes: tuple[int, ...], folder: Path, *, has_experts: bool = False
+) -> dict[int, dict[str, Any]]:
+    packed, _ = write_folders(kind, folder, has_experts=has_experts)
+    (packed / "reference.json").write_text(json.dumps({"cases": CASES}))
+    task = {"folder": str(packed), "sizes": sizes, "whole_experts": False, "is_counted": False}
+    search = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(task)], capture_output=True, text=True, timeout=280, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": search},
+    )
+    assert done.returncode == 0, done.stderr
+    return {int(size): of_size for size, of_size in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def assert_alike(found: dict[int, dict[str, Any]]) -> None:
+    for size, of_size in found.items():
+        assert of_size["tokens"] == found[1]["tokens"], size
+        assert of_size["weight_bytes"] == of_size["planned_bytes"], size
+
+
+def test_four_bits_on_two_devices(tmp_path: Path) -> None:
+    found = measured("gptq-4bit", (1, 2), tmp_path)
+    assert_alike(found)
+    assert found[2]["weight_bytes"] < 0.6 * found[1]["weight_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_on_two_and_four_devices(kind: str, tmp_path: Path) -> None:
+    assert_alike(measured(kind, (1, 2, 4), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["awq", "ct-fp8"])
+def test_packed_experts_on_two_and_four_devices(kind: str, tmp_path: Path) -> None:
+    assert_alike(measured(kind, (1, 2, 4), tmp_path, has_experts=True))
