@@ -139,9 +139,11 @@ def _stack_tables(blocks: list[TableCodes]) -> TableCodes:
     outs = [len(block.code_OI) for block in blocks]
     is_shared = len(blocks[0].table_ET) == 1
     starts = np.cumsum([0, *outs[:-1]])
-    sparse = {} if blocks[0].value_N is None else {
-        "row_N": np.concatenate([block.row_N + start for block, start in zip(blocks, starts, strict=True)]),     # type: ignore[operator]
-        "column_N": _rows(blocks, "column_N"), "value_N": _rows(blocks, "value_N"),
+    some = [(block, start) for block, start in zip(blocks, starts, strict=True) if block.value_N is not None]
+    sparse = {} if not some else {
+        "row_N": np.concatenate([block.row_N + start for block, start in some]),     # type: ignore[operator]
+        "column_N": np.concatenate([block.column_N for block, _ in some]),     # type: ignore[arg-type]
+        "value_N": np.concatenate([block.value_N for block, _ in some]),     # type: ignore[arg-type]
     }
     scales = [
         np.broadcast_to(block.scale_OG, (count, block.scale_OG.shape[1]))

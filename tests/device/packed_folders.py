@@ -37,6 +37,12 @@ OF_EXPERTS = {name: shape for name, shape in MATRICES.items() if name.startswith
     f"block_sparse_moe.experts.{index}.{name}": (WIDTH, MLP) if name == "w2" else (MLP, WIDTH)
     for index in range(EXPERTS) for name in ("w1", "w2", "w3")
 }
+# Dettmers et al. 2023, appendix E: the values of NormalFloat4.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
 AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)      # of the nibbles of a word, lowest first
 
 Host = np.ndarray[Any, np.dtype[Any]]
@@ -177,6 +183,56 @@ def _fp8(*, scales: str, name: str, is_static: bool = False) -> Make:
     return make
 
 
+def _squeezellm(*, bits: int, is_sparse: bool = False) -> Make:
+    def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
+        qweight, table = _words(rng, (ins * bits // 32, outs)), rng.standard_normal((outs, 2**bits)).astype(np.float32)
+        table *= 0.1
+        values = np.empty((outs, ins), np.float32)
+        for o in range(outs):
+            column = _number(qweight[:, o])
+            values[o] = [table[o, _code(column, i, bits)] for i in range(ins)]
+        stored = {"qweight": qweight, "lookup_table": table}
+        if not is_sparse:
+            return stored, values
+        counts = rng.integers(0, 3, outs)
+        stored["rows"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        stored["cols"] = np.concatenate([rng.permutation(ins)[:count] for count in counts]).astype(np.int32)
+        stored["vals"] = rng.standard_normal(counts.sum()).astype(np.float32)
+        for o in range(outs):
+            for n in range(stored["rows"][o], stored["rows"][o + 1]):
+                values[o, stored["cols"][n]] += stored["vals"][n]
+        return stored, values
+
+    return make
+
+
+def _nf4(rng: np.random.Generator, outs: int, ins: int) -> Module:
+    """Scales in 8 bits themselves; blocks of 64 elements, 256 blocks to a scale of scales."""
+    weight, count = rng.integers(0, 256, (outs * ins // 2, 1)).astype(np.uint8), outs * ins // 64
+    nested_map = np.sort(rng.random(256)).astype(np.float32)
+    absmax = rng.integers(0, 256, count).astype(np.uint8)
+    nested_absmax = _scales(rng, (-(-count // 256),), 0.1, np.float32)
+    state = {
+        "quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [outs, ins], "nested_blocksize": 256,
+        "nested_dtype": "float32", "nested_offset": 0.05,
+    }
+    values = np.empty(outs * ins, np.float32)
+    for n in range(outs * ins):
+        code = int(weight[n // 2, 0]) >> (0 if n % 2 else 4) & 15
+        block = n // 64
+        values[n] = np.float32(NF4[code]) * (nested_map[absmax[block]] * nested_absmax[block // 256] + np.float32(0.05))
+    return {
+        "weight": weight, "weight.absmax": absmax, "weight.quant_map": np.array(NF4, np.float32),
+        "weight.nested_absmax": nested_absmax, "weight.nested_quant_map": nested_map,
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }, values.reshape(outs, ins)
+
+
+def _llm_int8(rng: np.random.Generator, outs: int, ins: int) -> Module:
+    weight, scale = rng.integers(-127, 128, (outs, ins)).astype(np.int8), _scales(rng, (outs,), 0.2, np.float32)
+    return {"weight": weight, "SCB": scale}, weight.astype(np.float32) * (scale[:, None] / np.float32(127))
+
+
 def _ct(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"symmetric": True, "dynamic": False, **weights}}
     return {
@@ -235,6 +291,10 @@ KINDS: dict[str, tuple[dict[str, Any], Make]] = {
         {"quant_method": "fp8", "weight_block_size": [48, 32], "activation_scheme": "dynamic", "fmt": "e4m3"},
         _fp8(scales="block", name="weight_scale_inv"),
     ),
+    "squeezellm-4bit": ({"quant_method": "squeezellm", "wbits": 4}, _squeezellm(bits=4)),
+    "squeezellm-3bit-sparse": ({"quant_method": "squeezellm", "wbits": 3}, _squeezellm(bits=3, is_sparse=True)),
+    "bitsandbytes-nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, _nf4),
+    "bitsandbytes-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, _llm_int8),
     "fp8-tensor": (
         {"quant_method": "fp8", "activation_scheme": "static"},
         _fp8(scales="tensor", name="weight_scale", is_static=True),
