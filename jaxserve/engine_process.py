@@ -23,6 +23,7 @@ from jaxserve.core.errors import CapacityError, ConfigError, JaxserveError, Mode
 from jaxserve.core.request import EngineRequest, SequenceOutput
 from jaxserve.engine.channel import (
     Abort,
+    Alive,
     EngineEnd,
     Failed,
     Outputs,
@@ -82,6 +83,7 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
     leader = None
     if start.config.parallel.nnodes > 1:
+        threading.Thread(target=_say_alive, args=(outbox,), name="alive", daemon=True).start()
         leader = open_leader(start.config, lambda reason: _fail(reason, outbox))
     engine = build_engine(start.config, progress=progress, member=leader)
     if logger.isEnabledFor(logging.INFO):
@@ -94,6 +96,13 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     _turn(engine, inbox, outbox)
     if leader is not None:
         leader.stop()
+
+
+def _say_alive(outbox: queue.SimpleQueue[Up | None]) -> None:
+    """A stopped process must be noticed as soon as the other machines notice it: long before a long step is one."""
+    while True:
+        outbox.put(Alive())
+        time.sleep(BEAT_S)
 
 
 def _fail(reason: str, outbox: queue.SimpleQueue[Up | None]) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxserve.serve")
 
+LAST_WORD_S = 1.5        # /health says 503 and why, before a server that leaves the restart to others ends
 HTTP_STOP_S_MAX = 10.0   # for replies on their way and the lifespan's end, once the engine is gone
 
 
@@ -105,6 +106,8 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
     except JaxserveError as error:
         print(f"jaxserve: error: {error}", file=sys.stderr)
         status = 1
+        if config.engine.parallel.nnodes > 1:
+            await asyncio.sleep(LAST_WORD_S)
     await _wind_down(config, engine, supervisor)
     server.should_exit = True
     await asyncio.wait(tasks[:1], timeout=HTTP_STOP_S_MAX)

@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 
+from jaxserve.cluster.link import SILENCE_S_MAX
 from jaxserve.core.clock import ClockPort, MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import JaxserveError
@@ -118,10 +119,13 @@ class Supervisor:
         """Kills an engine that serves but has been silent for too long: a hang behind a healthy /health is worst."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            if self.engine.status.is_serving and self.engine.silent_s > BEAT_MISSED_S_MAX:
-                logger.error("the engine has been silent for %.0f s: killing it", self.engine.silent_s)
+            silent_s = self.engine.silent_s if self.engine.status.is_serving else 0.0
+            stalled_s = self.engine.stalled_s
+            if silent_s > BEAT_MISSED_S_MAX or stalled_s > SILENCE_S_MAX:
+                silent_s = max(silent_s, stalled_s)
+                logger.error("the engine has been silent for %.0f s: killing it", silent_s)
                 self.engine.status.phase = "dead"
-                self.engine.status.detail = f"hung: silent for {self.engine.silent_s:.0f} s"
+                self.engine.status.detail = f"hung: silent for {silent_s:.0f} s"
                 if self.process is not None:
                     self.process.kill()
                 return

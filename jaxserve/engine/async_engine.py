@@ -16,6 +16,7 @@ from jaxserve.core.errors import EngineBusyError, EngineDeadError, EngineNotRead
 from jaxserve.core.request import EngineInfo, EngineRequest, EngineStats, SequenceOutput
 from jaxserve.engine.channel import (
     Abort,
+    Alive,
     ApiEnd,
     Down,
     Failed,
@@ -68,6 +69,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._beat_s = self._clock.now()
+        self._alive_s: float | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -88,6 +90,11 @@ class AsyncEngine:
     def silent_s(self) -> float:
         """Seconds since the engine last said anything."""
         return self._clock.now() - self._beat_s
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine's process last said that it is alive; 0 where it never does."""
+        return 0.0 if self._alive_s is None else self._clock.now() - self._alive_s
 
     def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
         """Sends sequences to the engine; their outputs go to `sink` on this thread.
@@ -136,10 +143,13 @@ class AsyncEngine:
     async def run(self, channel: ApiEnd) -> None:
         """Reads the channel until the engine process is gone; then every live request is failed."""
         self._channel, self.failed = channel, None
-        self._beat_s = self._clock.now()
+        self._beat_s, self._alive_s = self._clock.now(), None
         reason = "the engine process ended without a word"
         try:
             while (message := await channel.receive()) is not None:
+                if isinstance(message, Alive):
+                    self._alive_s = self._clock.now()
+                    continue
                 self._beat_s = self._clock.now()
                 if isinstance(message, Outputs):
                     self._deliver(message)
@@ -154,7 +164,8 @@ class AsyncEngine:
                 elif isinstance(message, Failed):
                     self.failed, reason = message, message.reason
         finally:
-            self._die(reason)
+            is_told = self.status.phase == "dead"     # whoever killed it said why
+            self._die(self.status.detail if is_told else reason)
 
     def send(self, message: Down) -> None:
         """Tells the engine process something else than work; lost when there is none."""

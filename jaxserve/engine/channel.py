@@ -82,6 +82,10 @@ class Profiled(msgspec.Struct, tag="profiled", frozen=True):
     error: str = ""
 
 
+class Alive(msgspec.Struct, tag="alive", frozen=True):
+    """The process runs, whatever its loop waits for; sent each second where other processes wait for this one."""
+
+
 class Failed(msgspec.Struct, tag="failed", frozen=True):
     """Last frame up: why the engine stops. `is_users` marks errors that no restart mends (flags, model, memory)."""
 
@@ -90,7 +94,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
 
 
 Down = Start | Submit | Abort | Profile | Shutdown
-Up = Status | Serving | Outputs | Profiled | Failed
+Up = Status | Serving | Outputs | Profiled | Alive | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _down = msgspec.msgpack.Decoder(Down)
