@@ -45,6 +45,7 @@ logger = logging.getLogger("jaxserve.engine")
 BEAT_S = 1.0   # an engine without outputs says it is alive this often
 STALL_S = 0.05  # how often to look whether the buckets that the waiting work needs are compiled by now
 
+LOST_S = 1.0    # another process's end may first show as a failed collective: the link to it says more, and ends this
 FAIL_S = 0.5    # for the last frame to reach the API process
 
 _GONE = object()
@@ -66,6 +67,8 @@ def main() -> int:
     try:
         _serve(channel, start, outbox)
     except JaxserveError as error:
+        if start.config.parallel.nnodes > 1:
+            time.sleep(LOST_S)
         outbox.put(Failed(str(error), is_users=isinstance(error, (ConfigError, ModelError, CapacityError))))
         status = 1
     except Exception as error:

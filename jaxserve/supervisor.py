@@ -56,10 +56,12 @@ class Supervisor:
         self._clock = clock or MonotonicClock()
         self._restarts_s: deque[float] = deque()
         self._is_stopping = False
+        self._is_hung = False    # the watch killed the engine, and has said why
 
     def spawn(self) -> socket.socket:
         """Starts an engine process and returns this side's socket."""
         ours, theirs = socket.socketpair()
+        self._is_hung = False
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         self.process = subprocess.Popen(
             [*self._command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
@@ -111,7 +113,7 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = await asyncio.to_thread(self.process.wait)
-        if self.engine.failed is None and not self._is_stopping:
+        if self.engine.failed is None and not self._is_stopping and not self._is_hung:
             ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
             self.engine.status.detail = f"the engine process {ended}"
 
@@ -124,6 +126,7 @@ class Supervisor:
             if silent_s > BEAT_MISSED_S_MAX or stalled_s > SILENCE_S_MAX:
                 silent_s = max(silent_s, stalled_s)
                 logger.error("the engine has been silent for %.0f s: killing it", silent_s)
+                self._is_hung = True
                 self.engine.status.phase = "dead"
                 self.engine.status.detail = f"hung: silent for {silent_s:.0f} s"
                 if self.process is not None:

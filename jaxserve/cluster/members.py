@@ -25,6 +25,7 @@ logger = logging.getLogger("jaxserve.cluster")
 CONNECT_S_MAX = 300.0       # from the first process's start to the last one's
 RETRY_S = 0.5
 CALL_S_MAX = 5.0
+NAME_S_MAX = 60.0
 HANG_UP_S_MAX = 3.0         # what a follower may take to end once it is told to
 
 Lost = Callable[[str], None]
@@ -191,7 +192,7 @@ def _answer(link: Link, topic: str, count: int) -> tuple[int, ...]:
 
 def _listen(address: tuple[str, int]) -> socket.socket:
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, where = _resolve(address)
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
@@ -202,6 +203,26 @@ def _listen(address: tuple[str, int]) -> socket.socket:
             "interface, and master-port and the port after it must be free"
         ) from error
     return listener
+
+
+def _resolve(address: tuple[str, int]) -> tuple[int, int, int, tuple[str, int]]:
+    """What to listen on. A name may become known only after the process starts, as that of a Kubernetes pod."""
+    deadline_s = time.monotonic() + NAME_S_MAX
+    while True:
+        try:
+            family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+            break
+        except socket.gaierror:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(RETRY_S)
+    host, port = str(where[0]), address[1]
+    if host.startswith("127.") and not address[0].startswith("127.") and address[0] != "localhost":
+        raise ConfigError(
+            f"master-addr {address[0]} is {host} on this machine, where no other one can reach it; give the address of "
+            "the private interface"
+        )
+    return family, kind, protocol, (host, port)
 
 
 def _shown(address: tuple[str, int]) -> str:

@@ -81,6 +81,9 @@ class Compiler:
         self._lock = threading.Lock()
         self._counts: dict[str, float] = {}
         self._is_sealed = False
+        # Processes would share out the autotuning and wait for each other's part; one that finds the program in its
+        # store never does its part.
+        self._options = {"xla_gpu_shard_autotuning": False} if jax.process_count() > 1 else None
         _listen(self)
 
     @property
@@ -106,7 +109,7 @@ class Compiler:
             *program.arguments
         )
         lowered_s = time.perf_counter()
-        executable = lowered.compile()
+        executable = lowered.compile(compiler_options=self._options)
         compiled_s = time.perf_counter()
         self._count(compiled_count=1, lower_s=lowered_s - start_s, compile_s=compiled_s - lowered_s)
         logger.debug("%s: lowered in %.2f s, compiled in %.2f s", program.name, lowered_s - start_s,

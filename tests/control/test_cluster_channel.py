@@ -299,6 +299,21 @@ def test_a_setting_that_differs_is_named_on_both_sides(monkeypatch: pytest.Monke
     assert isinstance(follower, EngineError) and "max-num-seqs is 8" in str(follower)
 
 
+def test_a_leader_that_nobody_could_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lookup(host: str, port: int, **kwargs: object) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    with pytest.raises(ConfigError, match="gpu03 is 127.0.1.1 on this machine"):
+        lead(("gpu03", 4000), 2, secret=SECRET, settings={}, on_lost=lambda reason: None)
+
+
+def test_a_name_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "NAME_S_MAX", 0.0)
+    with pytest.raises(ConfigError, match=r"cannot listen on no-such-host\.invalid:4000"):
+        lead(("no-such-host.invalid", 4000), 2, secret=SECRET, settings={}, on_lost=lambda reason: None)
+
+
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "CONNECT_S_MAX", 0.1)
     address = ("127.0.0.1", free_port())

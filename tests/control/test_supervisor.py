@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.core.config import EngineConfig, ModelConfig
+from jaxserve.core.config import EngineConfig, ModelConfig, ParallelConfig
 from jaxserve.engine import async_engine
 from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.supervisor import RESTARTS_MAX, EngineGaveUpError, Supervisor
@@ -17,7 +17,7 @@ from jaxserve.supervisor import RESTARTS_MAX, EngineGaveUpError, Supervisor
 FAKE = """
 import os, socket, sys, time
 from jaxserve.core.request import EngineInfo, EngineStats
-from jaxserve.engine.channel import EngineEnd, Failed, Outputs, Serving, Shutdown, Status
+from jaxserve.engine.channel import Alive, EngineEnd, Failed, Outputs, Serving, Shutdown, Status
 mode, end = sys.argv[1], EngineEnd(socket.socket(fileno=int(sys.argv[2])))
 end.receive()
 if mode == "refuse":
@@ -27,18 +27,21 @@ end.send(Serving(info, "/f"))
 end.send(Status("ready"))
 if mode == "die":
     os._exit(3)
-if mode == "hang":
+if mode == "stall":
+    end.send(Alive())
+if mode in ("hang", "stall"):
     time.sleep(60)
 while not isinstance(end.receive(), (Shutdown, type(None))):
     pass
 """
 CONFIG = EngineConfig(model=ModelConfig(model="m"))
+OF_SEVERAL = EngineConfig(model=ModelConfig(model="m"), parallel=ParallelConfig(nnodes=2, tensor_parallel_size=2))
 
 
-def _supervisor(tmp_path: Path, mode: str) -> Supervisor:
+def _supervisor(tmp_path: Path, mode: str, config: EngineConfig = CONFIG) -> Supervisor:
     script = tmp_path / "fake_engine.py"
     script.write_text(FAKE)
-    return Supervisor(AsyncEngine(), CONFIG, log_level="info", command=(sys.executable, str(script), mode))
+    return Supervisor(AsyncEngine(), config, log_level="info", command=(sys.executable, str(script), mode))
 
 
 def _is_alive(pid: int) -> bool:
@@ -113,4 +116,26 @@ def test_a_hung_engine_is_killed_and_started_again(tmp_path, monkeypatch):
         await asyncio.wait_for(task, 20)
 
     assert async_engine.BEAT_MISSED_S_MAX > 60   # the real bound outlasts any step
+    asyncio.run(scenario())
+
+
+def test_an_engine_of_several_machines_that_stalls_ends_the_server(tmp_path, monkeypatch):
+    """Long before the loop of a lone engine would be called hung; and the restart is left to who started them all."""
+    monkeypatch.setattr("jaxserve.supervisor.SILENCE_S_MAX", 1.0)
+
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "stall", OF_SEVERAL)
+        with pytest.raises(EngineGaveUpError, match="hung: silent for"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
+        assert supervisor.engine.status.phase == "dead" and not _is_alive(supervisor.process.pid)
+
+    asyncio.run(scenario())
+
+
+def test_one_engine_of_several_is_not_started_again_alone(tmp_path):
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "die", OF_SEVERAL)
+        with pytest.raises(EngineGaveUpError, match="ended with status 3|without a word"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
+
     asyncio.run(scenario())
