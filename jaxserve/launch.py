@@ -259,12 +259,15 @@ def weight_plan(
     from jaxserve.models.hf import read_config
     from jaxserve.quantization import online
     from jaxserve.quantization.formats.registry import find_scheme
+    from jaxserve.weights.folder import format_of
     from jaxserve.weights.loader import open_checkpoint
     from jaxserve.weights.packed import decoded_count, plan
     from kernels_pallas.native import api as native
 
     asked = config.model.quantization
-    scheme = find_scheme(folder, read_config(folder, {} if is_draft else config.model.hf_overrides))
+    is_gguf = config.load.load_format != "dummy" and format_of(folder, config.load.load_format) == "gguf"
+    content = read_config(folder, {} if is_draft else config.model.hf_overrides)
+    scheme = find_scheme(folder, content, is_gguf=is_gguf)
     is_online = asked in get_args(online.Method)
     if scheme is None:
         if asked is not None and not is_online and not is_draft:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # The first two pack an unquantised checkpoint; the others are what a checkpoint may be in.
-Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors", "bitsandbytes", "squeezellm"]
+Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors", "bitsandbytes", "squeezellm", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class ModelConfig:
 class LoadConfig:
     """Where weights come from."""
 
-    load_format: Literal["auto", "safetensors", "pt", "dummy"] = "auto"
+    load_format: Literal["auto", "safetensors", "pt", "gguf", "dummy"] = "auto"
     download_dir: str | None = None
 
 

@@ -1,6 +1,6 @@
 """Which files of a model folder are its weights: one file, an index over several, or all there are; in which format.
 
-Knows names of files and the two readers; no byte of a format. Invariant: every tensor comes from exactly one file, and
+Knows names of files and the readers; no byte of a format. Invariant: every tensor comes from exactly one file, and
 an index and its files say the same.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from jaxserve.core.errors import WeightsError
-from jaxserve.weights import safetensors, torch_bin
+from jaxserve.weights import gguf_names, safetensors, torch_bin
 from jaxserve.weights.files import StoredTensor, map_file, without_duplicates
 
-LoadFormat = Literal["auto", "safetensors", "pt"]
+LoadFormat = Literal["auto", "safetensors", "pt", "gguf"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +54,14 @@ FORMATS: dict[str, _Format] = {
         single="pytorch_model.bin", index="pytorch_model.bin.index.json", pattern="pytorch_model*.bin",
         read_file=torch_bin.read_file, lone="*.pt",
     ),
+    "gguf": _Format(
+        single="model.gguf", index="model.gguf.index.json", pattern="*.gguf", read_file=gguf_names.read_checkpoint
+    ),
 }
 
 
-def read_folder(folder: Path, load_format: LoadFormat = "auto") -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder, by name. "auto" takes safetensors where there are any, else PyTorch's."""
+def format_of(folder: Path, load_format: LoadFormat = "auto") -> str:
+    """The format that a folder is read in. "auto" takes safetensors where there are any, else PyTorch's, else GGUF."""
     names = tuple(FORMATS) if load_format == "auto" else (load_format,)
     there = [name for name in names if FORMATS[name].is_in(folder)]
     if not there:
@@ -68,7 +71,12 @@ def read_folder(folder: Path, load_format: LoadFormat = "auto") -> dict[str, Sto
             f"the model's folder has neither {patterns}" if len(names) > 1 else
             f"the model's folder has no {patterns}" + (f"; pass --load-format {other}" if other else "")
         )
-    form = FORMATS[there[0]]
+    return there[0]
+
+
+def read_folder(folder: Path, load_format: LoadFormat = "auto") -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder, by name."""
+    form = FORMATS[format_of(folder, load_format)]
     if os.path.lexists(folder / form.index):
         return _read_indexed(folder, form)
     # A folder may also hold the same model under other names ("consolidated.safetensors") or adapters.

@@ -58,7 +58,7 @@ def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> di
         return dict(stored)
     ends = ["." + mark for mark in scheme.marks]
     names = dict.fromkeys(name.removesuffix(end) for name in stored for end in ends if name.endswith(end))
-    if not names:
+    if not names and scheme.needs_packed:
         raise WeightsError(
             f"config.json says that the weights are in {scheme.method}, but no tensor ends in "
             f"{' or '.join(ends)}"

@@ -38,6 +38,11 @@ def locate(
         return folder
     if not _is_hub_name(model):
         raise ModelError(f"there is no folder {model!r}, and it is not a hub name (like 'Qwen/Qwen2.5-3B-Instruct')")
+    if load_format == "gguf":
+        raise ModelError(
+            f"load-format gguf: {model!r} is no folder, and repositories hold one model in many GGUF files; download "
+            "one into a folder beside its config.json and tokenizer.json"
+        )
     folder = _from_hub(model, revision, token, download_dir, [WEIGHT_FILES[name] for name in _formats(load_format)[:1]])
     for name in _formats(load_format)[1:]:
         if not any(folder.glob("*.safetensors")):

@@ -61,6 +61,7 @@ class GgufScheme(Scheme):
     method = "gguf"
     suffixes = ("blocks",)
     marks = ("blocks",)
+    needs_packed = False
 
     def shape(self, module: str, stored: Stored) -> tuple[int, int]:
         blocks = stored["blocks"]

@@ -15,6 +15,7 @@ from jaxserve.quantization.formats.awq import AwqScheme
 from jaxserve.quantization.formats.bitsandbytes import BitsAndBytesScheme
 from jaxserve.quantization.formats.compressed_tensors import CompressedTensorsScheme
 from jaxserve.quantization.formats.fp8 import Fp8Scheme
+from jaxserve.quantization.formats.gguf import GgufScheme
 from jaxserve.quantization.formats.gptq import GptqScheme
 from jaxserve.quantization.formats.scheme import Scheme
 from jaxserve.quantization.formats.squeezellm import SqueezeLlmScheme
@@ -38,11 +39,13 @@ PACKINGS = {
 }
 
 
-def find_scheme(folder: Path, config: Mapping[str, Any]) -> Scheme | None:
+def find_scheme(folder: Path, config: Mapping[str, Any], *, is_gguf: bool = False) -> Scheme | None:
     """The format of a checkpoint, None where it is not quantised; `config` is config.json's content.
 
-    Raises UnsupportedModelError for other formats and settings.
+    GGUF files say themselves what is in them. Raises UnsupportedModelError for other formats and settings.
     """
+    if is_gguf:
+        return GgufScheme()
     content = config.get("quantization_config") or config.get("compression_config") or _beside(folder)
     if content is None:
         return None

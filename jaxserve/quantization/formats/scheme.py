@@ -28,6 +28,7 @@ class Scheme(abc.ABC):
     method: str                     # vLLM's name
     suffixes: tuple[str, ...]       # of tensors that belong to a packed module
     marks: tuple[str, ...]          # a module that has one of them is packed
+    needs_packed = True             # a checkpoint without any such module is not what its config says
 
     @abc.abstractmethod
     def shape(self, module: str, stored: Stored) -> tuple[int, int]:
