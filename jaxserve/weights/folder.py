@@ -16,6 +16,7 @@ from typing import Literal
 from jaxserve.core.errors import WeightsError
 from jaxserve.weights import gguf_names, safetensors, torch_bin
 from jaxserve.weights.files import StoredTensor, map_file, without_duplicates
+from jaxserve.weights.gguf_model import pointed_file
 
 LoadFormat = Literal["auto", "safetensors", "pt", "gguf"]
 
@@ -62,6 +63,8 @@ FORMATS: dict[str, _Format] = {
 
 def format_of(folder: Path, load_format: LoadFormat = "auto") -> str:
     """The format that a folder is read in. "auto" takes safetensors where there are any, else PyTorch's, else GGUF."""
+    if pointed_file(folder) is not None and load_format in ("auto", "gguf"):
+        return "gguf"
     names = tuple(FORMATS) if load_format == "auto" else (load_format,)
     there = [name for name in names if FORMATS[name].is_in(folder)]
     if not there:
@@ -77,6 +80,8 @@ def format_of(folder: Path, load_format: LoadFormat = "auto") -> str:
 def read_folder(folder: Path, load_format: LoadFormat = "auto") -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, by name."""
     form = FORMATS[format_of(folder, load_format)]
+    if (pointed := pointed_file(folder)) is not None:
+        return form.read_file(pointed)
     if os.path.lexists(folder / form.index):
         return _read_indexed(folder, form)
     # A folder may also hold the same model under other names ("consolidated.safetensors") or adapters.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxserve.core.errors import ModelError
+from jaxserve.weights.gguf_model import model_folder
 
 SMALL_FILES = (
     "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken",     # config, tokenizer, chat template
@@ -26,12 +27,18 @@ def locate(
     download_dir: str | None = None,
     load_format: str = "auto",
 ) -> Path:
-    """The folder of a model given by path or hub name. Downloads what is missing, with progress bars on stderr.
+    """The folder of a model given by path or hub name; of a GGUF file one that is made for it.
+
+    Downloads what is missing, with progress bars on stderr.
 
     Args:
       load_format: which weights to download; "auto": PyTorch's only where there are no safetensors; "dummy": none.
     """
     folder = Path(model).expanduser()
+    if folder.suffix == ".gguf":
+        if not folder.is_file():
+            raise ModelError(f"there is no file {model!r}")
+        return model_folder(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"the folder {model!r} has no config.json; it is not a Hugging Face model folder")

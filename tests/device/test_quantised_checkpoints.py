@@ -26,6 +26,7 @@ from jaxserve.quantization.packed import PackedTensor
 from jaxserve.quantization.packing import is_packed
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.mesh import make_mesh
+from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params, open_checkpoint
 from jaxserve.weights.packed import plan
 from kernels_pallas.native import api as native
@@ -52,7 +53,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def loaded(folder: Path, dtype: Any = jnp.float32) -> Any:
     return load_params(
-        read_spec(folder), folder, make_mesh(jax.devices()[:1]), dtype, scheme=find_scheme(folder, read_config(folder))
+        read_spec(folder), folder, make_mesh(jax.devices()[:1]), dtype,
+        scheme=find_scheme(folder, read_config(folder), is_gguf=format_of(folder) == "gguf"),
     )
 
 
