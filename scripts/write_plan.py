@@ -28,7 +28,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 LLAMA_8B, LLAMA_70B, LLAMA_405B = (f"meta-llama/Llama-3.1-{size}-Instruct" for size in ("8B", "70B", "405B"))
 DEEPSEEK = "DeepSeek-V3-bf16"
 BATCH, CONTEXT = 32, 4096       # of each GPU in the scaling tables
-RATES = "| step | of | ms | products / memory / messages, ms | tokens/s | limit | messages |\n|---|---|---|---|---|---|---|"
+RATES = (
+    "| step | of | ms | products / memory / messages, ms | tokens/s | limit | messages |\n"
+    "|---|---|---|---|---|---|---|"
+)
 SCALING = "| GPUs | replicas x devices | sequences | step ms, of it messages | tokens/s | a GPU | of the first row |"
 
 
