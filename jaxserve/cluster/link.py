@@ -3,7 +3,7 @@
 Three threads a link: one reads into the inbox, one sends signs of life, one looks whether the other side gave any. What
 the process does meanwhile (a step, a collective that hangs) delays none of them. It knows no device and no plan.
 Invariant: `on_lost` is called once at most, within SILENCE_S_MAX and a WATCH_EVERY_S of the other side's last sign of
-life, and never after `close` or the other side's own Stop without a reason.
+life, and never after `part`, `close` or the other side's own Stop without a reason.
 """
 
 from __future__ import annotations
@@ -69,6 +69,12 @@ class Link:
             self._frames.send(encode(message))
         except OSError:
             pass
+
+    def part(self, reason: str) -> None:
+        """Says that this side ends; from now on the other side may, too."""
+        with self._lock:
+            self._is_over.set()
+        self.send(Stop(reason))
 
     def close(self, *, wait_s: float = 0.0) -> None:
         """Ends the link; `wait_s` is how long the other side may take to hang up first."""

@@ -76,7 +76,8 @@ class Leader:
 
     def stop(self, reason: str = "") -> None:
         """Ends the followers, and waits a little until they have."""
-        self.tell(Stop(reason))
+        for link in self._links.values():
+            link.part(reason)
         for link in self._links.values():
             link.close(wait_s=HANG_UP_S_MAX)
 
@@ -97,7 +98,7 @@ class Follower:
 
     def stop(self, reason: str) -> None:
         """Tells the leader why this process ends."""
-        self._link.send(Stop(reason))
+        self._link.part(reason)
         self._link.close()
 
 

@@ -263,6 +263,17 @@ def test_a_stop_that_was_asked_for_is_no_loss(frames: tuple[Frames, Frames]) -> 
         lost.get(timeout=0.2)
 
 
+def test_who_parts_takes_the_other_sides_end_for_granted(frames: tuple[Frames, Frames]) -> None:
+    """A follower may hang up before the leader's next line runs."""
+    ours, theirs, lost = linked(frames)
+    ours.part("")
+    assert theirs.inbox.get(timeout=10) == Stop()
+    theirs.close()
+    with pytest.raises(queue.Empty):
+        lost.get(timeout=0.2)
+    ours.close(wait_s=5)
+
+
 def cluster(theirs: dict[str, str], *, secret: bytes = SECRET) -> tuple[Any, Any]:
     address = ("127.0.0.1", free_port())
 
