@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
 
 from jaxserve.core.config import EngineConfig
-from jaxserve.core.errors import EngineBusyError, RequestError
+from jaxserve.core.errors import ConfigError, EngineBusyError, RequestError
 from jaxserve.core.request import EngineInfo, EngineRequest, EngineStats, SequenceOutput
 from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.core.text_request import TextRequest
@@ -56,6 +56,8 @@ class LLM:
 
         chat_template = flags.get("chat_template")
         config = engine_config_from_kwargs(model, **flags)
+        if config.parallel.data_parallel_size > 1:
+            raise ConfigError("data_parallel_size: several engines are behind `jaxserve serve` only; use 1 here")
         self._start(build_engine(config, progress=ConsoleProgress()), config, chat_template)
 
     @classmethod

@@ -20,11 +20,12 @@ from jaxserve.core.config import ServeConfig
 from jaxserve.core.errors import ConfigError, JaxserveError
 from jaxserve.flags import parse_serve_args
 from jaxserve.logs import configure_logging
+from jaxserve.visible_devices import engine_environment
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from jaxserve.engine.async_engine import AsyncEngine
+    from jaxserve.engine.router import EngineRouter
     from jaxserve.server.app import ServerState
     from jaxserve.supervisor import Supervisor
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_serve_args(sys.argv[1:] if argv is None else argv)
         if config.engine.parallel.node_rank > 0:
             return _follow(config)
+        engine_environment(config.engine.parallel, 0)     # refuses more devices than there are
         sock = _bind(config)
     except ConfigError as error:
         print(f"jaxserve: error: {error}", file=sys.stderr)
@@ -82,11 +84,21 @@ def _bind(config: ServeConfig) -> socket.socket:
 
 async def _serve(config: ServeConfig, sock: socket.socket) -> int:
     from jaxserve.engine.async_engine import AsyncEngine
-    from jaxserve.supervisor import Supervisor
+    from jaxserve.engine.router import EngineRouter
+    from jaxserve.supervisor import Supervisor, keep_alive
 
-    engine = AsyncEngine(queue_max=config.engine.scheduler.max_num_queued_reqs)
-    supervisor = Supervisor(engine, config.engine, log_level=config.frontend.log_level)
-    channel = supervisor.spawn()
+    parallel = config.engine.parallel
+    supervisors = [
+        Supervisor(
+            AsyncEngine(queue_max=config.engine.scheduler.max_num_queued_reqs), config.engine,
+            log_level=config.frontend.log_level, environment=engine_environment(parallel, index),
+        )
+        for index in range(parallel.data_parallel_size)
+    ]
+    channels = [supervisor.spawn() for supervisor in supervisors]
+    engine = EngineRouter(
+        [supervisor.engine for supervisor in supervisors], follows_prefixes=config.engine.cache.enable_prefix_caching
+    )
     from jaxserve.server.app import ServerState, create_app
 
     state = ServerState(config=config, engine=engine)
@@ -96,7 +108,7 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(server.serve(sockets=[sock]), name="http"),
-        asyncio.create_task(supervisor.run(channel), name="engine"),
+        asyncio.create_task(keep_alive(supervisors, channels), name="engine"),
         asyncio.create_task(_open_text(state, engine, config), name="text"),
         asyncio.create_task(stop.wait(), name="stop"),
     ]
@@ -108,7 +120,7 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
         status = 1
         if config.engine.parallel.nnodes > 1:
             await asyncio.sleep(LAST_WORD_S)
-    await _wind_down(config, engine, supervisor)
+    await _wind_down(config, engine, supervisors)
     server.should_exit = True
     await asyncio.wait(tasks[:1], timeout=HTTP_STOP_S_MAX)
     for task in tasks:
@@ -128,11 +140,11 @@ async def _until_over(tasks: list[asyncio.Task[object]]) -> None:
             return
 
 
-async def _open_text(state: ServerState, engine: AsyncEngine, config: ServeConfig) -> None:
-    """Once the engine says which folder it serves: the tokenizer and the text engine, off the event loop."""
+async def _open_text(state: ServerState, engine: EngineRouter, config: ServeConfig) -> None:
+    """Once an engine says which folder it serves: the tokenizer and the text engine, off the event loop."""
     from jaxserve.text_engine import open_text_engine
 
-    await engine.serving.wait()
+    await engine.wait_serving()
     assert engine.folder is not None
     state.text_engine = await asyncio.to_thread(
         open_text_engine, engine, engine.folder, config.engine.model, config.frontend.chat_template,
@@ -165,15 +177,17 @@ def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
     )
 
 
-async def _wind_down(config: ServeConfig, engine: AsyncEngine, supervisor: Supervisor) -> None:
-    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends the engine process."""
-    if engine.status.phase != "dead":
-        engine.status.phase, engine.status.detail = "draining", "the server is shutting down"
+async def _wind_down(config: ServeConfig, engine: EngineRouter, supervisors: Sequence[Supervisor]) -> None:
+    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends the engine processes."""
+    for one in engine.engines:
+        if one.status.phase != "dead":
+            one.status.phase, one.status.detail = "draining", "the server is shutting down"
     if engine.live_count and config.frontend.shutdown_timeout > 0:
         logger.info("finishing %d requests within %d s", engine.live_count, config.frontend.shutdown_timeout)
-        await engine.wait_idle(config.frontend.shutdown_timeout)
-    engine.abort_all("the server is shutting down")
-    await supervisor.stop()
+        await asyncio.gather(*(one.wait_idle(config.frontend.shutdown_timeout) for one in engine.engines))
+    for one in engine.engines:
+        one.abort_all("the server is shutting down")
+    await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
     if config.frontend.uds is not None and os.path.exists(config.frontend.uds):
         os.unlink(config.frontend.uds)
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxserve.cluster.link import SILENCE_S_MAX
 from jaxserve.core.clock import ClockPort, MonotonicClock
@@ -47,6 +47,7 @@ class Supervisor:
         log_level: str,
         command: Sequence[str] = ENGINE_COMMAND,
         clock: ClockPort | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
         self.process: subprocess.Popen[bytes] | None = None
@@ -54,6 +55,7 @@ class Supervisor:
         self._log_level = log_level
         self._command = command
         self._clock = clock or MonotonicClock()
+        self._environment = dict(environment or {})    # of the engine process, beside this one's
         self._restarts_s: deque[float] = deque()
         self._is_stopping = False
         self._is_hung = False    # the watch killed the engine, and has said why
@@ -62,7 +64,7 @@ class Supervisor:
         """Starts an engine process and returns this side's socket."""
         ours, theirs = socket.socketpair()
         self._is_hung = False
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self._environment
         self.process = subprocess.Popen(
             [*self._command, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
             env=environment, start_new_session=True,
@@ -147,6 +149,37 @@ class Supervisor:
             raise EngineGaveUpError(f"the engine failed {RESTARTS_MAX + 1} times in {RESTARTS_S:.0f} s; last: {reason}")
         self._restarts_s.append(now)
         logger.error("the engine is gone (%s): starting it again", reason)
+
+
+async def keep_alive(supervisors: Sequence[Supervisor], channels: Sequence[socket.socket]) -> None:
+    """Serves until all were stopped. Of several engines one may be given up, once another has served.
+
+    Raises EngineGaveUpError when no engine can be had (any more).
+    """
+    tasks = [
+        asyncio.create_task(supervisor.run(channel)) for supervisor, channel in zip(supervisors, channels, strict=True)
+    ]
+    try:
+        pending = set(tasks)
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                _judge(task, [one for one, other in zip(supervisors, tasks, strict=True) if other in pending],
+                       tasks.index(task))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _judge(ended: asyncio.Task[None], left: Sequence[Supervisor], index: int) -> None:
+    """Raises what ended an engine, unless others go on without it."""
+    error = ended.exception()
+    if error is None:
+        return
+    if not isinstance(error, EngineGaveUpError) or not any(one.engine.folder is not None for one in left):
+        raise error
+    logger.error("engine %d is given up, the others go on: %s", index, error)
 
 
 def _die_with_parent() -> None:

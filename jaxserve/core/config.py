@@ -83,6 +83,7 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False         # each device has some experts whole, not a part of every one
+    data_parallel_size: int = 1                  # engine processes behind one port, each with devices of its own
     nnodes: int = 1                              # processes, one a machine, that share the model
     node_rank: int = 0                           # which of them this is; 0 has HTTP and the scheduler
     master_addr: str = "127.0.0.1"               # of node 0; the processes meet there

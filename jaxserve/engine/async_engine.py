@@ -227,7 +227,7 @@ class AsyncEngine:
         self.serving.clear()
         if self._profiled is not None and not self._profiled.done():
             self._profiled.set_exception(EngineDeadError(f"the engine died: {reason}"))
-        self._channel = None
+        self._channel, self._stats = None, EngineStats()
         sinks, self._sinks = self._sinks, {}
         for request_id, sink in sinks.items():
             sink(SequenceOutput(request_id=request_id, finish_reason="error", error=f"the engine died: {reason}"))

@@ -82,6 +82,8 @@ def _check_engine(config: EngineConfig) -> None:
     if scheduler.itl_target_ms is not None and not scheduler.enable_chunked_prefill:
         raise ConfigError("itl-target-ms needs chunks of prompts; leave enable-chunked-prefill on")
     check_nodes(config)
+    if config.parallel.data_parallel_size > 1 and config.parallel.nnodes > 1:
+        raise ConfigError("data-parallel-size: engines over several machines are not built yet; use it with nnodes 1")
     if config.model.skip_tokenizer_init and config.model.tokenizer is not None:
         raise ConfigError("tokenizer has no effect with skip-tokenizer-init; give one of them")
     folder = config.model.generation_config

@@ -108,6 +108,8 @@ FLAGS: tuple[Flag, ...] = (
          low=1, high=4096, short="-tp"),
     Flag("enable-expert-parallel", "parallel", "bool",
          "devices share out whole experts, instead of a part of every expert", short="-ep"),
+    Flag("data-parallel-size", "parallel", "int",
+         "engines behind one port, each with a copy of the model on devices of its own", low=1, high=256, short="-dp"),
     Flag("nnodes", "parallel", "int",
          "machines that share the model, a process each; auto: as Slurm, Open MPI or Kubernetes (LeaderWorkerSet) say",
          low=1, high=4096, nothing=("auto",), short="-n"),

@@ -13,10 +13,10 @@ _NEVER = "is not part of jaxserve"
 REASONS: tuple[tuple[str, str], ...] = (
     # parallelism
     ("pipeline-parallel-size", f"pipeline parallelism {_LATER}; --tensor-parallel-size splits a model over devices"),
-    ("data-parallel-size data-parallel-size-local data-parallel-rank data-parallel-start-rank data-parallel-address "
+    ("data-parallel-size-local data-parallel-rank data-parallel-start-rank data-parallel-address "
      "data-parallel-rpc-port data-parallel-backend data-parallel-hybrid-lb data-parallel-external-lb "
      "disable-nccl-for-dp-synchronization",
-     f"data parallelism behind one port {_LATER}; start one server a replica and balance in front"),
+     f"data parallelism over machines {_LATER}; --data-parallel-size N starts N engines on this one"),
     ("decode-context-parallel-size prefill-context-parallel-size dcp-kv-cache-interleave-size "
      "cp-kv-cache-interleave-size", f"splitting one sequence over devices {_LATER}"),
     ("enable-eplb eplb-config num-redundant-experts expert-placement-strategy all2all-backend "
@@ -124,7 +124,7 @@ REASONS: tuple[tuple[str, str], ...] = (
 UNSUPPORTED: dict[str, str] = {name: reason for names, reason in REASONS for name in names.split()}
 
 SHORT_UNSUPPORTED: dict[str, str] = {
-    "-pp": "pipeline-parallel-size", "-dp": "data-parallel-size", "-dpn": "data-parallel-rank",
+    "-pp": "pipeline-parallel-size", "-dpn": "data-parallel-rank",
     "-dpr": "data-parallel-start-rank", "-dpl": "data-parallel-size-local", "-dpa": "data-parallel-address",
     "-dpp": "data-parallel-rpc-port", "-dpb": "data-parallel-backend", "-dph": "data-parallel-hybrid-lb",
     "-dpe": "data-parallel-external-lb", "-dcp": "decode-context-parallel-size",

@@ -112,11 +112,19 @@ def _configuration(own: _Own, words: list[str]) -> tuple[EngineConfig, Devices]:
     if line.help is not None or line.version:
         raise ConfigError("--help stands alone here: jaxserve plan --help, jaxserve serve --help")
     raw = (read_config(line.config) if line.config is not None else {}) | line.values
-    raw.setdefault("tensor-parallel-size", devices.count)
+    for name in ("nnodes", "node-rank", "master-addr", "master-port"):
+        raw.pop(name, None)     # which machine this is means nothing here; --devices says how many there are
+    replicas = serve_config(raw).engine.parallel.data_parallel_size
+    raw.setdefault("tensor-parallel-size", max(1, devices.count // replicas))
     config = serve_config(raw).engine
     size = config.parallel.tensor_parallel_size
     if devices.count % size:
         raise ConfigError(f"tensor-parallel-size {size} does not divide the {devices.count} devices of {devices}")
+    if "data-parallel-size" in raw and size * replicas != devices.count:
+        raise ConfigError(
+            f"tensor-parallel-size {size} times data-parallel-size {replicas} is not the {devices.count} devices of "
+            f"{devices}"
+        )
     return config, devices
 
 

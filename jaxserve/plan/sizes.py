@@ -117,7 +117,7 @@ class Sizer:
         if self.draft is not None:
             draft_params = self._abstract(dtype, mesh, config, is_draft=True)
         target = Target(
-            budget=_budget(config, kind, count), is_cpu=kind.is_cpu,
+            budget=_budget(config, kind, count * config.parallel.data_parallel_size), is_cpu=kind.is_cpu,
             temporaries=lambda setup: 0 if kind.is_cpu else measure(setup, params, draft_params),
         )
         setup = settle(

@@ -75,7 +75,10 @@ def plan_memory(
     devices = mesh.local_devices
     device = devices[0]
     is_cpu = device.platform == "cpu"
-    budget = device_budget(device, utilization=config.cache.gpu_memory_utilization, device_count=len(devices))
+    budget = device_budget(
+        device, utilization=config.cache.gpu_memory_utilization,
+        device_count=len(devices) * config.parallel.data_parallel_size,
+    )
     if least is not None:
         budget = tightest(budget, least)
 

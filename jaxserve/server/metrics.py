@@ -24,7 +24,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from jaxserve.server.state import ServerState
+    from jaxserve.server.state import OneEnginePort, ServerState
 
 PHASES = ("starting", "downloading", "loading", "compiling", "serving", "ready", "draining", "dead")
 _HIGHR = (
@@ -85,7 +85,7 @@ class HttpMetrics:
 
 
 class EngineCollector(Collector):
-    """Turns the newest `EngineStats` into metric families."""
+    """Turns the newest `EngineStats` of every engine into metric families."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -94,7 +94,25 @@ class EngineCollector(Collector):
         return []   # nothing to check for collisions before the engine is there
 
     def collect(self) -> Iterator[Metric]:
-        stats, status = self._state.engine.stats, self._state.engine.status
+        """Each family once, with the samples of all engines."""
+        merged: dict[str, Metric] = {}
+        for index, engine in enumerate(self._state.engine.engines):
+            for family in EngineFamilies(self._state, engine, str(index)).all():
+                if family.name in merged:
+                    merged[family.name].samples += family.samples
+                else:
+                    merged[family.name] = family
+        yield from merged.values()
+
+
+class EngineFamilies:
+    """The metric families of one engine, labelled with its number."""
+
+    def __init__(self, state: ServerState, engine: OneEnginePort, number: str) -> None:
+        self._state, self._engine, self._number = state, engine, number
+
+    def all(self) -> Iterator[Metric]:
+        stats, status = self._engine.stats, self._engine.status
         usage = stats.page_used_count / stats.page_count if stats.page_count else 0.0
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running_count)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for a row.", stats.waiting_count)
@@ -154,29 +172,29 @@ class EngineCollector(Collector):
         assert self._state.text_engine is not None
         info = self._state.text_engine.info
         labels = {"block_size": str(info.page_size), "num_gpu_blocks": str(info.page_count)} | info.cache_config
-        labels["engine"] = "0"
+        labels["engine"] = self._number
         family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's configuration.", labels=tuple(labels))
         family.add_metric(tuple(labels.values()), 1)
         return family
 
     def _gauge(self, name: str, help_: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help_, labels=("model_name", "engine"))
-        family.add_metric((self._state.model_name, "0"), value)
+        family.add_metric((self._state.model_name, self._number), value)
         return family
 
     def _gauges(self, name: str, help_: str, label: str, values: dict[str, float]) -> Metric:
         family = GaugeMetricFamily(name, help_, labels=("model_name", "engine", label))
         for key, value in values.items():
-            family.add_metric((self._state.model_name, "0", key), value)
+            family.add_metric((self._state.model_name, self._number, key), value)
         return family
 
     def _counter(self, name: str, help_: str, value: float) -> Metric:
         family = CounterMetricFamily(name, help_, labels=("model_name", "engine"))
-        family.add_metric((self._state.model_name, "0"), value, created=self._state.created_s)
+        family.add_metric((self._state.model_name, self._number), value, created=self._state.created_s)
         return family
 
     def _counters(self, name: str, help_: str, label: str, values: dict[str, float]) -> Metric:
         family = CounterMetricFamily(name, help_, labels=("model_name", "engine", label))
         for key, value in values.items():
-            family.add_metric((self._state.model_name, "0", key), value, created=self._state.created_s)
+            family.add_metric((self._state.model_name, self._number, key), value, created=self._state.created_s)
         return family

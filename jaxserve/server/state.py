@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import metadata
@@ -35,14 +36,21 @@ class StatusPort(Protocol):
     def is_serving(self) -> bool: ...
 
 
-class EngineLifePort(Protocol):
-    """The engine as far as HTTP itself looks at it: how it is and what it counts."""
+class OneEnginePort(Protocol):
+    """How one engine is and what it counts."""
 
     @property
     def status(self) -> StatusPort: ...
 
     @property
     def stats(self) -> EngineStats: ...
+
+
+class EngineLifePort(OneEnginePort, Protocol):
+    """The engines together, as far as HTTP itself looks at them, and each by itself."""
+
+    @property
+    def engines(self) -> Sequence[OneEnginePort]: ...
 
     async def profile(self, folder: str | None) -> None: ...
 

@@ -37,6 +37,10 @@ class FakeEngine:
     stats: EngineStats = field(default_factory=EngineStats)
     profiled: list[str | None] = field(default_factory=list)
 
+    @property
+    def engines(self) -> list[FakeEngine]:
+        return [self]
+
     async def profile(self, folder: str | None) -> None:
         if (folder is None) == (self.profiled[-1:] in ([], [None])):
             raise RequestError("no trace is running: start one first" if folder is None else "a trace is running")

@@ -28,6 +28,7 @@ from scripts.write_plan import PAGE, written
 from tests.device.hub_configs import HUB
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
 H200 = kind("H200")
 
 
@@ -206,7 +207,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]):
 
 
 def test_shipped_shapes_are_models(capsys: pytest.CaptureFixture[str]):
-    folders = sorted((Path(__file__).parents[2] / "configs" / "shapes").iterdir())
+    folders = sorted(SHAPES.iterdir())
     assert len(folders) >= 4
     counts = {folder.name: len(read_spec(folder).layers) for folder in folders}
     assert counts["meta-llama--Llama-3.1-405B-Instruct"] == 126 and counts["DeepSeek-V3-bf16"] == 61
@@ -218,3 +219,13 @@ def test_shipped_shapes_are_models(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.slow
 def test_the_page_is_what_this_version_computes():
     assert PAGE.read_text(encoding="utf-8") == written(PAGE.read_text(encoding="utf-8")), "run `make docs`"
+
+
+def test_the_formula_is_above_what_the_compiler_said():
+    """Of docs/plan.md's table, without the compiler."""
+    said = (("8B", "H200", 980_185_248), ("70B", "8xH200", 507_485_152))
+    for name, devices, compiled in said:
+        folder = SHAPES / f"meta-llama--Llama-3.1-{name}-Instruct"
+        config = engine_config_from_kwargs("m", tensor_parallel_size=parse_devices(devices).count, hf_overrides={})
+        memory = sizer_of(folder).size(config, H200, estimate).setup.memory
+        assert compiled < memory.temporary_bytes < 1.4 * compiled
