@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.core.config import EngineConfig
+from jaxserve.core.errors import ConfigError, ModelError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.launch import weight_plan
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.draft import check_length
+from jaxserve.models.hf import read_config
 from jaxserve.models.precision import compute_dtype
 from jaxserve.plan.devices import DeviceKind
+from jaxserve.quantization.formats.registry import find_scheme
 from jaxserve.quantization.int8 import Int8Tensor
 from jaxserve.quantization.packing import is_packed
 from jaxserve.runner.memory import Budget, cpu_budget, gpu_budget, machine_bytes
@@ -29,6 +32,7 @@ from jaxserve.runner.setup import DraftSetup, RunnerSetup
 from jaxserve.runner.start import Target, settle
 from jaxserve.sharding.mesh import abstract_mesh
 from jaxserve.sharding.split import check_has_experts
+from jaxserve.weights.folder import format_of
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 Measure = Callable[[RunnerSetup, Any, Any], int]     # setup, parameters, the draft model's -> bytes
@@ -139,9 +143,23 @@ class Sizer:
         if key not in self._params:
             spec, folder = (self.draft, self.draft_folder) if is_draft else (self.spec, self.folder)
             assert spec is not None and folder is not None
-            packing = weight_plan(config, spec, folder, mesh, is_draft=is_draft).packing
+            packing = weight_plan(_as_far_as_there(config, folder), spec, folder, mesh, is_draft=is_draft).packing
             self._params[key] = abstract_params(spec, dtype, mesh, packing)
         return self._params[key]
+
+
+def _as_far_as_there(config: EngineConfig, folder: Path) -> EngineConfig:
+    """Without weights beside it a config.json is read as for dummy ones; that will not do for a quantised checkpoint."""
+    try:
+        format_of(folder, config.load.load_format)
+    except ModelError:
+        if (scheme := find_scheme(folder, read_config(folder, config.model.hf_overrides))) is not None:
+            raise ConfigError(
+                f"a checkpoint in {scheme.method}: what of it stays packed is in its weights' headers; plan it in a "
+                "folder that has them"
+            ) from None
+        return replace(config, load=replace(config.load, load_format="dummy"))
+    return config
 
 
 def _budget(config: EngineConfig, kind: DeviceKind, count: int) -> Budget:

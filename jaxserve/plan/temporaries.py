@@ -53,8 +53,8 @@ def _layer_bytes(layer: LayerSpec, width: int, tokens: int, itemsize: int) -> in
         heads = (a.head_count + 2 * a.kv_head_count) * a.head_dim
     if isinstance(mlp, MoeMlp):
         rows, F = tokens * mlp.chosen, mlp.experts.width
-        # Rows sorted by expert; gate and up in float32, then the products of `down` before and after their way back.
-        held = rows * max(width * itemsize + 2 * F * 4, F * itemsize + 2 * width * 4)
+        # Rows sorted by expert, and beside them gate and up in float32, or the products of `down`.
+        held = rows * (width * itemsize + max(2 * F, width) * 4)
     else:
         held = tokens * itemsize * mlp.width * (3 if isinstance(mlp, GatedMlp) else 2)
     return tokens * itemsize * (2 * width + heads) + held

@@ -110,7 +110,7 @@ def test_what_was_remembered_is_bounded_and_dies_with_the_engine():
     assert second.got == ["b"]
     to, (first, second) = router()
     send(to, request("a", *range(8)))
-    first.live = 0
+    first.live, second.live = 0, 1
     send(to, request("b", *range(40, 64)))     # six pages, all that the engine has
     first.live, second.live = 1, 0
     send(to, request("c", *range(8)))
