@@ -149,7 +149,7 @@ class Sizer:
 
 
 def _as_far_as_there(config: EngineConfig, folder: Path) -> EngineConfig:
-    """Without weights beside it a config.json is read as for dummy ones; that will not do for a quantised checkpoint."""
+    """Without weights a config.json is read as for dummy ones; that will not do for a quantised checkpoint."""
     try:
         format_of(folder, config.load.load_format)
     except ModelError:
