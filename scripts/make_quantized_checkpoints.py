@@ -28,7 +28,6 @@ AUTO_ROUND: dict[str, tuple[str, dict[str, Any]]] = {
     "awq-sym": ("auto_awq", {"bits": 4, "group_size": 64, "sym": True}),
     "w4a16": ("llm_compressor", {"scheme": "W4A16", "group_size": 64}),
     "w8a8": ("llm_compressor", {"scheme": "INT8"}),
-    "fp8": ("llm_compressor", {"scheme": "FP8_STATIC"}),
     "fp8-block": ("llm_compressor", {"scheme": "FP8_BLOCK"}),
 }
 BITS_AND_BYTES: dict[str, dict[str, Any]] = {

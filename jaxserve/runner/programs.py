@@ -40,8 +40,8 @@ class ProgramSet:
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype, experts=setup.experts)
-        self.segments = cut(setup.spec)
         params = self._abstract(params)
+        self.segments = cut(setup.spec, params)
         self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
         nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QTensor))
         self._kernels = native.identity(is_packed=any(isinstance(node, QTensor) for node in nodes))

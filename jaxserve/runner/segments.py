@@ -35,13 +35,19 @@ class Segment:
         return range(self.start, self.stop)
 
 
-def cut(spec: ModelSpec) -> tuple[Segment, ...]:
+def cut(spec: ModelSpec, params: Any = None) -> tuple[Segment, ...]:
     """The segments of a model.
 
     Thirty equal layers are ten calls of one program of three; with a pattern of six, programs are multiples of it.
+
+    Args:
+      params: abstract values, where layers may be packed each in its own way.
     """
     groups = {layer: number for number, group in enumerate(spec.kv_groups) for layer in group.layers}
-    kinds = [(layer, groups[index]) for index, layer in enumerate(spec.layers)]
+    kinds = [
+        (layer, groups[index], None if params is None else _shapes(params[f"layers_{index}"]))
+        for index, layer in enumerate(spec.layers)
+    ]
     count = len(kinds)
 
     def segments(size: int) -> list[Segment]:
@@ -57,6 +63,12 @@ def cut(spec: ModelSpec) -> tuple[Segment, ...]:
 
     sizes = range(-(-count // CALLS_MAX), count + 1)
     return tuple(min(map(segments, sizes), key=lambda found: (compiled_layers(found), len(found))))
+
+
+def _shapes(params: Any) -> tuple[Any, ...]:
+    """What a program of a layer is compiled for."""
+    leaves, tree = jax.tree.flatten(params)
+    return tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,8 +41,12 @@ def as_converted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[rows]
 
 
-def write_folders(folder: Path, kind: Type | None) -> tuple[Path, Path]:
-    """One with a GGUF file, one with safetensors of what the gguf package says that the file holds."""
+def write_folders(folder: Path, kind: Type | None, last: Type | None = None) -> tuple[Path, Path]:
+    """One with a GGUF file, one with safetensors of what the gguf package says that the file holds.
+
+    Args:
+      last: how the last layer is packed, where it is otherwise.
+    """
     rng, plain = np.random.default_rng(3), {}
     into, beside = folder / "gguf", folder / "plain"
     for path in (into, beside):
@@ -54,14 +58,15 @@ def write_folders(folder: Path, kind: Type | None) -> tuple[Path, Path]:
 
     def add(name: str, stored: str, values: np.ndarray, heads: int | None = None) -> None:
         ordered = values if heads is None else as_converted(values, heads)
-        if kind is None or values.ndim == 1:
+        used = last if last is not None and f".{LAYERS - 1}." in stored else kind
+        if used is None or values.ndim == 1:
             writer.add_tensor(stored, ordered)
             plain[name] = values
             return
-        packed = gguf.quantize(ordered, kind)
-        writer.add_tensor(stored, packed, raw_dtype=kind)
+        packed = gguf.quantize(ordered, used)
+        writer.add_tensor(stored, packed, raw_dtype=used)
         # What a row becomes does not depend on the others.
-        plain[name] = gguf.dequantize(gguf.quantize(values, kind), kind)
+        plain[name] = gguf.dequantize(gguf.quantize(values, used), used)
 
     add("model.embed_tokens.weight", "token_embd.weight", rng.normal(size=(VOCAB, WIDTH)).astype(np.float32))
     add("model.norm.weight", "output_norm.weight", np.ones(WIDTH, np.float32))
@@ -101,8 +106,9 @@ def test_logits_are_those_of_the_plain_weights(kind: Type | None, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_engine_finds_the_format_itself(tmp_path: Path) -> None:
-    packed, plain = write_folders(tmp_path, Type.Q8_0)
+@pytest.mark.parametrize("last", [None, Type.Q4_1])
+def test_the_engine_finds_the_format_itself(tmp_path: Path, last: Type | None) -> None:
+    packed, plain = write_folders(tmp_path, Type.Q8_0, last)
     assert answers(packed) == answers(plain)
 
 

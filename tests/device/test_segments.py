@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxserve.runner import segments
@@ -39,6 +41,20 @@ def test_few_layers_are_compiled_and_few_calls_made(pattern, calls, compiled):
     for segment in found:
         letters = pattern[segment.start : segment.stop]
         assert of_kind.setdefault(segment.kind, letters) == letters, "one program for other layers"
+
+
+def test_layers_that_are_packed_otherwise_are_other_programs():
+    """A GGUF file mixes kinds of blocks: equal layers, other shapes."""
+    spec = spec_of("a" * 4)
+    params = {
+        f"layers_{index}": {"weight": jax.ShapeDtypeStruct((8, 8 + 8 * (index % 2)), jnp.uint8)} for index in range(4)
+    }
+    found = cut(spec, params)
+    of_kind = {}
+    for segment in found:
+        shapes = [params[f"layers_{index}"]["weight"].shape for index in segment.layers]
+        assert of_kind.setdefault(segment.kind, shapes) == shapes
+    assert [index for segment in found for index in segment.layers] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("window", [None, 6])
