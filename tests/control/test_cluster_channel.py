@@ -274,6 +274,21 @@ def test_who_parts_takes_the_other_sides_end_for_granted(frames: tuple[Frames, F
     ours.close(wait_s=5)
 
 
+def test_a_leader_that_stops_parts_from_all_before_it_waits_for_any() -> None:
+    done: list[str] = []
+
+    class Noted:
+        def part(self, reason: str) -> None:
+            done.append(f"part {reason}")
+
+        def close(self, *, wait_s: float) -> None:
+            assert wait_s > 0
+            done.append("close")
+
+    Leader({1: Noted(), 2: Noted()}).stop("why")  # type: ignore[dict-item]
+    assert done == ["part why", "part why", "close", "close"]
+
+
 def cluster(theirs: dict[str, str], *, secret: bytes = SECRET) -> tuple[Any, Any]:
     address = ("127.0.0.1", free_port())
 
