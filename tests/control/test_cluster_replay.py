@@ -54,7 +54,8 @@ def test_the_leader_tells_before_it_does() -> None:
     leader = LeaderRunner(Recorder(order), lambda message: order.append(type(message)))  # type: ignore[arg-type]
     leader.launch(plan())
     leader.clear_pages(0, np.array([1], np.int32))
-    assert [entry if isinstance(entry, type) else entry[0] for entry in order] == [Launch, "launch", ClearPages, "clear"]
+    found = [entry if isinstance(entry, type) else entry[0] for entry in order]
+    assert found == [Launch, "launch", ClearPages, "clear"]
 
 
 @pytest.mark.parametrize("failing", ["launch", "result", "clear"])
