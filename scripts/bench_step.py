@@ -34,6 +34,7 @@ from jaxserve.core.config import (
     EngineConfig,
     LoadConfig,
     ModelConfig,
+    Quantization,
     SchedulerConfig,
 )
 from jaxserve.core.plan import PageUpdates, StepPlan
@@ -41,9 +42,9 @@ from jaxserve.core.progress import NoProgress
 from jaxserve.core.request import EngineRequest
 from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.engine.loop import EngineLoop
+from jaxserve.launch import weight_plan
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import read_spec
-from jaxserve.quantization import online
 from jaxserve.runner.compile import Executable, Program
 from jaxserve.runner.runner import Runner
 from jaxserve.runner.start import plan_memory
@@ -51,6 +52,7 @@ from jaxserve.runner.trace import Scopes, scopes_of
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.loader import load_params
 from jaxserve.weights.random import random_params
+from jaxserve.weights.source import locate
 
 WARM_STEPS = 8
 SHOWN_SCOPES_MAX = 12      # of each program, those that take most
@@ -91,7 +93,7 @@ def main() -> None:
 
 def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, float]]:
     """A runner with every bucket compiled, what a step of its model must do, and what the start took."""
-    folder, mesh = Path(options.model).expanduser(), make_mesh(jax.devices())
+    folder, mesh = locate(options.model), make_mesh(jax.devices())
     spec, dtype = read_spec(folder), jnp.dtype(options.dtype)
     rows_max = max(options.rows)
     config = EngineConfig(
@@ -101,17 +103,17 @@ def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, floa
         cache=CacheConfig(kv_cache_memory_bytes=options.kv_cache_memory_bytes),
         compilation=CompilationConfig(compilation_cache_dir=options.compilation_cache_dir),
     )
-    packing = None if options.quantization is None else online.packing(spec, options.quantization, mesh)
+    weights = weight_plan(config, spec, folder, mesh)
     began = time.perf_counter()
     setup = plan_memory(
-        spec=spec, params=abstract_params(spec, dtype, mesh, packing), mesh=mesh, dtype=dtype,
+        spec=spec, params=abstract_params(spec, dtype, mesh, weights.packing), mesh=mesh, dtype=dtype,
         config=config,
     )
     planned = time.perf_counter()
     if options.load_format == "dummy":
-        params = random_params(spec, mesh, dtype, packing=packing)
+        params = random_params(spec, mesh, dtype, packing=weights.packing)
     else:
-        params = load_params(spec, folder, mesh, dtype, packing=packing)
+        params = load_params(spec, folder, mesh, dtype, packing=weights.packing, scheme=weights.scheme)
     loaded = time.perf_counter()
     runner = Runner.create(setup=setup, params=params)
     runner.compile_serving_set(NoProgress())
@@ -257,14 +259,14 @@ def _share(rate: dict[str, float]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(COUNTED), help="folder of a checkpoint; default: a tiny one")
+    parser.add_argument("--model", default=str(COUNTED), help="folder or GGUF file of a checkpoint; default: a tiny one")
     parser.add_argument(
         "--write-counts", type=Path, metavar="FILE",
         help="time nothing; record dispatches, transfers, leaves, instructions and copies, see step_counts.py",
     )
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--quantization", choices=get_args(online.Method), default=None)
+    parser.add_argument("--quantization", choices=get_args(Quantization), default=None)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=30)
