@@ -331,7 +331,7 @@ def _info(config: EngineConfig, spec: ModelSpec, setup: RunnerSetup, dtype: str)
     shape, cache = setup.shape, config.cache
     page_count = sum(group.page_count for group in shape.groups)
     labels = {
-        "block_size": shape.page_size, "num_gpu_blocks": page_count, "cache_dtype": dtype,
+        "block_size": shape.page_size, "num_gpu_blocks": page_count, "cache_dtype": setup.kv_codes or dtype,
         "gpu_memory_utilization": cache.gpu_memory_utilization, "enable_prefix_caching": cache.enable_prefix_caching,
         "kv_cache_memory_bytes": cache.kv_cache_memory_bytes,
     }

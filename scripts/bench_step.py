@@ -259,7 +259,7 @@ def _share(rate: dict[str, float]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(COUNTED), help="folder or GGUF file of a checkpoint; default: a tiny one")
+    parser.add_argument("--model", default=str(COUNTED), help="folder or GGUF file; default: a tiny checkpoint")
     parser.add_argument(
         "--write-counts", type=Path, metavar="FILE",
         help="time nothing; record dispatches, transfers, leaves, instructions and copies, see step_counts.py",

@@ -13,6 +13,10 @@ from typing import Literal
 Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors", "bitsandbytes", "squeezellm", "gguf"]
 
 
+# "fp8" is vLLM's short name of "fp8_e4m3"; "bfloat16" insists that this is the model's type.
+KvCacheDtype = Literal["auto", "bfloat16", "fp8", "fp8_e4m3", "int8"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Which model, and how it is read."""
@@ -46,6 +50,7 @@ class CacheConfig:
     """KV pages."""
 
     block_size: int = 16                         # S, slots a page
+    kv_cache_dtype: KvCacheDtype = "auto"        # auto: the model's
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None     # None: on CPU 2 GiB, else from gpu_memory_utilization
     enable_prefix_caching: bool = True

@@ -223,10 +223,10 @@ class KvGroup:
     has_values: bool
     window: int | None
 
-    def page_bytes(self, page_size: int, itemsize: int) -> int:
-        """Bytes of one page over all layers of the group, keys and values."""
+    def page_bytes(self, page_size: int, itemsize: int, scale_bytes: int = 0) -> int:
+        """Bytes of one page over all layers of the group, keys and values; of codes with a scale a slot and head."""
         planes = 2 if self.has_values else 1
-        return planes * len(self.layers) * self.kv_head_count * self.head_dim * page_size * itemsize
+        return planes * len(self.layers) * self.kv_head_count * page_size * (self.head_dim * itemsize + scale_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

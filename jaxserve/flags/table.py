@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxserve.core.config import Quantization
+from jaxserve.core.config import KvCacheDtype, Quantization
 
 Kind = Literal["text", "texts", "int", "float", "bool", "length", "bytes", "json"]
 
@@ -76,6 +76,9 @@ FLAGS: tuple[Flag, ...] = (
          "safetensors, pt (pytorch_model*.bin), gguf, auto: the first that is there; dummy needs only a config",
          choices=("auto", "safetensors", "pt", "gguf", "dummy")),
     Flag("download-dir", "load", "text", "cache folder of hub downloads"),
+    Flag("kv-cache-dtype", "cache", "text",
+         "fp8 (e4m3), int8: keys and values in 8 bits with a scale a token and head; auto: the model's type",
+         choices=get_args(KvCacheDtype)),
     Flag("block-size", "cache", "int", "token slots of a KV page; a power of two", low=8, high=256),
     Flag("gpu-memory-utilization", "cache", "float", "share of a GPU's memory to use; does not apply to CPUs",
          low=0.05, high=1),

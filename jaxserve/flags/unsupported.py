@@ -27,8 +27,8 @@ REASONS: tuple[tuple[str, str], ...] = (
      f"an executor to choose {_NEVER}: one process drives all devices of a machine"),
     # weights and their types
     ("allow-deprecated-quantization", f"a deprecated scheme to allow {_NEVER}: there is none"),
-    ("kv-cache-dtype kv-cache-dtype-skip-layers calculate-kv-scales",
-     f"a KV cache of another type than the model's {_LATER}"),
+    ("kv-cache-dtype-skip-layers", f"layers whose KV cache has another type {_LATER}"),
+    ("calculate-kv-scales", f"scales to calculate beforehand {_NEVER}: each token and head has its own"),
     ("cpu-offload-gb", f"offloading weights {_LATER}; choose a model that fits"),
     ("model-loader-extra-config ignore-patterns pt-load-map-location safetensors-load-strategy use-tqdm-on-load",
      f"a choice of how weights are read {_NEVER}: each device reads its own slices of *.safetensors"),

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import flax.struct
 from jax import Array
 
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import AttentionWork
 
 
 class LayerKv(NamedTuple):
     """Keys and values of one layer, paged; a latent cache has no values of its own."""
 
-    k_PKSH: Array
-    v_PKSH: Array | None
+    k_PKSH: Pages
+    v_PKSH: Pages | None
 
 
 @flax.struct.dataclass

@@ -15,6 +15,7 @@ from jaxserve.layers.context import LayerKv, StepContext
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.quantized import Pages
 
 
 def attend(
@@ -44,7 +45,7 @@ def attend(
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
 
-    def write(pages_PKSH: Array, new_TKH: Array) -> Array:
+    def write(pages_PKSH: Pages, new_TKH: Array) -> Pages:
         return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation="xla")
 
     with jax.named_scope("attention.write"):

@@ -6,17 +6,23 @@ copy of each exists.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxserve.core.config import KvCacheDtype
+from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import RunnerShape
 from jaxserve.layers.context import LayerKv
 from jaxserve.sharding import rules
+from kernels_pallas.quantized import FP8, FP8_BITS, QuantizedPages
 
 TABLE_DTYPE = jnp.int32
+SCALE_DTYPE = jnp.dtype(jnp.float32)
 
 
 def page_index_max(shape: RunnerShape) -> int:
@@ -24,10 +30,26 @@ def page_index_max(shape: RunnerShape) -> int:
     return -(-shape.length_max // shape.page_size)
 
 
+def codes_dtype(asked: KvCacheDtype, spec: ModelSpec, dtype: jnp.dtype, *, is_cpu: bool) -> str | None:
+    """The dtype of codes that `--kv-cache-dtype` means. Raises ConfigError where it cannot be had."""
+    if asked == "auto" or (asked == "bfloat16" and dtype == jnp.bfloat16):
+        return None
+    if asked == "bfloat16":
+        raise ConfigError(f"kv-cache-dtype bfloat16: the model is computed in {dtype}; use auto, or --dtype bfloat16")
+    if any(not group.has_values for group in spec.kv_groups):
+        raise ConfigError(f"kv-cache-dtype {asked}: the latent cache of {spec.family} is kept as it is; use auto")
+    if asked == "int8":
+        return "int8"
+    return FP8_BITS if is_cpu else FP8
+
+
 def abstract_pool(
-    spec: ModelSpec, shape: RunnerShape, dtype: jnp.dtype, mesh: jax.sharding.Mesh
+    spec: ModelSpec, shape: RunnerShape, dtype: jnp.dtype, mesh: jax.sharding.Mesh, codes: str | None = None
 ) -> tuple[LayerKv, ...]:
     """Keys and values of every layer, in layer order: [P, K, S, H] of its group's page count.
+
+    Args:
+      codes: dtype of codes, which scales [P, K, S] then stand beside; None: numbers of `dtype`.
 
     `spec` is one device's: its kv heads times the devices are K. All devices have the same latent cache.
     """
@@ -35,9 +57,11 @@ def abstract_pool(
     for group, sizes in zip(spec.kv_groups, shape.groups, strict=True):
         axes = (None, "kv_heads" if group.has_values else None, None, None)
         of_device = (sizes.page_count, group.kv_head_count, shape.page_size, group.head_dim)
-        page = jax.ShapeDtypeStruct(
-            rules.joined_shape(mesh, axes, of_device), dtype, sharding=rules.sharding(mesh, axes)
-        )
+        size = rules.joined_shape(mesh, axes, of_device)
+        page: Any = jax.ShapeDtypeStruct(size, jnp.dtype(codes or dtype), sharding=rules.sharding(mesh, axes))
+        if codes is not None:
+            scale = jax.ShapeDtypeStruct(size[:-1], SCALE_DTYPE, sharding=rules.sharding(mesh, axes[:-1]))
+            page = QuantizedPages(page, scale)
         kv = LayerKv(k_PKSH=page, v_PKSH=page if group.has_values else None)
         layers.update(dict.fromkeys(group.layers, kv))
     return tuple(layers[index] for index in range(len(spec.layers)))

@@ -161,6 +161,7 @@ def grant_pages(
     state_bytes: int,
     page_size: int,
     itemsize: int,
+    scale_bytes: int = 0,
     row_count: int,
     tokens_max: int,
     length_wanted: int | None,
@@ -170,13 +171,14 @@ def grant_pages(
 
     Args:
       draft: a model that drafts: the same pages, with its keys and values behind the served model's.
+      itemsize, scale_bytes: of a stored number, and of the scale that a slot and head has beside its codes.
       tokens_max: tokens of the largest step.
       length_wanted: --max-model-len; None is as long as the model and the pool allow.
       pool_bytes_wanted: --kv-cache-memory-bytes; None is by device.
     """
     table = MemoryTable(
         budget=budget, weight_bytes=weight_bytes, temporary_bytes=temporary_bytes, state_bytes=state_bytes,
-        groups=group_pages(spec.kv_groups, page_size, itemsize), page_size=page_size,
+        groups=group_pages(spec.kv_groups, page_size, itemsize, scale_bytes), page_size=page_size,
     )
     if draft is not None:
         more = draft.kv_groups[0].page_bytes(page_size, itemsize)

@@ -36,11 +36,14 @@ class GroupPages:
         return pages if self.window is None else min(pages, (self.window - 1) // page_size + 2)
 
 
-def group_pages(groups: Sequence[KvGroup], page_size: int, itemsize: int) -> tuple[GroupPages, ...]:
+def group_pages(
+    groups: Sequence[KvGroup], page_size: int, itemsize: int, scale_bytes: int = 0
+) -> tuple[GroupPages, ...]:
     """The groups of a model, with no pages yet."""
     return tuple(
         GroupPages(
-            window=group.window, layer_count=len(group.layers), page_bytes=group.page_bytes(page_size, itemsize)
+            window=group.window, layer_count=len(group.layers),
+            page_bytes=group.page_bytes(page_size, itemsize, scale_bytes),
         )
         for group in groups
     )

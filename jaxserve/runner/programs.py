@@ -49,7 +49,9 @@ class ProgramSet:
         self._end_trees = tuple(jax.tree.structure(end) for end in ends(params))
         self._head_leaves, self._head_tree = jax.tree.flatten(head_params(params, setup.spec))
         self._head_leaves = tuple(self._head_leaves)
-        self._kv = kv_cache.abstract_pool(setup.spec, setup.shape, storage_dtype(setup.dtype), setup.mesh)
+        self._kv = kv_cache.abstract_pool(
+            setup.spec, setup.shape, storage_dtype(setup.dtype), setup.mesh, setup.kv_codes
+        )
         self._tables = kv_cache.abstract_tables(setup.shape, setup.replicated)
         self._rows = self._placed(jax.eval_shape(functools.partial(rows.empty, setup.shape)))
         B = setup.buckets.rows_max
@@ -182,11 +184,14 @@ class ProgramSet:
         self, name: str, function: Any, arguments: tuple[Any, ...], results: Any, *,
         donated: tuple[int, ...] = (), closes_over: object = None,
     ) -> Program:
-        placements = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or self._setup.replicated, results)
+        setup = self._setup
+        placements = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or setup.replicated, results)
         return Program(
-            name=name, function=on_each_device(function, self._setup.mesh, arguments, placements),
+            name=name, function=on_each_device(function, setup.mesh, arguments, placements),
             arguments=arguments, donated=donated, results=placements,
-            identity=f"{self._setup.spec!r} {self._setup.dtype} {self._tree} {self._kernels} {closes_over!r}",
+            identity=" ".join(map(str, (
+                repr(setup.spec), setup.dtype, setup.kv_codes, self._tree, self._kernels, repr(closes_over)
+            ))),
         )
 
     def _abstract(self, params: Any) -> Any:

@@ -36,6 +36,7 @@ class RunnerSetup:
     whole_prompts: prompts are never split (`--no-enable-chunked-prefill`): the largest step is needed at once.
     samples_max: most samples of a step where drafts are verified; None: one a row.
     draft: the model that drafts, if one does.
+    kv_codes: dtype of the codes of an 8-bit KV cache; None: keys and values as they are.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -49,6 +50,7 @@ class RunnerSetup:
     whole_prompts: bool = False
     samples_max: int | None = None
     draft: DraftSetup | None = None
+    kv_codes: str | None = None
     store: ExecutableStore | None = None
 
     @property

@@ -28,7 +28,7 @@ from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
 from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.executable_store import ExecutableStore, default_folder
-from jaxserve.runner.kv_cache import abstract_tables
+from jaxserve.runner.kv_cache import SCALE_DTYPE, abstract_tables, codes_dtype
 from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pages, tightest
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import DraftSetup, RunnerSetup
@@ -114,12 +114,14 @@ def settle(
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
         samples_max=samples_max, buckets=buckets(tokens_max=tokens_max), store=store, budget=target.budget, draft=draft,
+        is_cpu=is_cpu,
     )
     memory = grant_pages(
         spec=spec, draft=None if draft is None else draft.spec, budget=target.budget,
         weight_bytes=_device_bytes((params, draft_params)), temporary_bytes=target.temporaries(setup),
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
-        itemsize=setup.dtype.itemsize, row_count=row_count, tokens_max=tokens_max,
+        itemsize=jnp.dtype(setup.kv_codes or setup.dtype).itemsize,
+        scale_bytes=0 if setup.kv_codes is None else SCALE_DTYPE.itemsize, row_count=row_count, tokens_max=tokens_max,
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
     )
     if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens is None:
@@ -182,7 +184,7 @@ def _length_wanted(config: EngineConfig, spec: ModelSpec) -> int | None:
 def _setup(
     *, spec: ModelSpec, vocab_size: int, mesh: jax.sharding.Mesh, dtype: jnp.dtype, config: EngineConfig,
     row_count: int, samples_max: int | None, buckets: Buckets, store: ExecutableStore | None, budget: Budget,
-    draft: DraftSetup | None,
+    draft: DraftSetup | None, is_cpu: bool,
 ) -> RunnerSetup:
     """A setup of final sizes except for the pool, which is provisional."""
     alternatives = config.model.max_logprobs
@@ -203,8 +205,18 @@ def _setup(
         memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
-        store=store,
+        store=store, kv_codes=_kv_codes(config, spec, dtype, draft, is_cpu=is_cpu),
     )
+
+
+def _kv_codes(
+    config: EngineConfig, spec: ModelSpec, dtype: jnp.dtype, draft: DraftSetup | None, *, is_cpu: bool
+) -> str | None:
+    asked = config.cache.kv_cache_dtype
+    codes = codes_dtype(asked, spec, dtype, is_cpu=is_cpu)
+    if codes is not None and draft is not None:
+        raise ConfigError(f"kv-cache-dtype {asked}: not built yet beside a draft model; leave one of them away")
+    return codes
 
 
 def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> RunnerShape:

@@ -1,0 +1,60 @@
+"""`--kv-cache-dtype`: keys and values in 8 bits, what they cost in exactness and save in memory, and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.core.errors import ConfigError
+from kernels_pallas.quantized import QuantizedPages
+from tests.device.fixture_models import FIXTURES
+
+GEMMA, LLAMA = FIXTURES / "families" / "gemma3", FIXTURES / "tiny-llama3"
+SHAPED = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, prompt_logprobs=1)
+PROMPTS = [{"prompt_token_ids": list(range(3 + i, 30 + 5 * i))} for i in range(3)]
+
+
+def scored(folder: Path, **options: Any) -> tuple[np.ndarray, list[tuple[int, ...]], Any]:
+    """Logprobs of prompts (in chunks, so of pages), tokens, and the engine's sizes."""
+    with LLM(
+        str(folder), max_num_seqs=4, max_num_batched_tokens=16, block_size=8, kv_cache_memory_bytes="1M",
+        max_model_len=96, enforce_eager=True, skip_tokenizer_init=True, dtype="float32", **options,
+    ) as llm:
+        answers = llm.generate(PROMPTS, SHAPED, use_tqdm=False)
+        runner = llm._engine.runner
+        pages = runner._state.kv[0].k_PKSH
+        sizes = {"pool": runner._setup.memory.groups, "pages": jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), pages)}
+        logprobs = [
+            step[token].logprob for answer, prompt in zip(answers, PROMPTS, strict=True)
+            for step, token in zip(answer.prompt_logprobs[1:], prompt["prompt_token_ids"][1:], strict=True)
+        ]
+        return np.array(logprobs), [answer.outputs[0].token_ids for answer in answers], (sizes, type(pages))
+
+
+@pytest.mark.parametrize(("folder", "asked", "limit"), [
+    (LLAMA, "int8", 0.02), (LLAMA, "fp8", 0.15), (GEMMA, "int8", 0.05),
+], ids=["llama-int8", "llama-fp8", "gemma3-int8"])
+def test_logprobs_stay_close_and_pages_are_smaller(folder: Path, asked: str, limit: float) -> None:
+    """Gemma 3 has windows, hence two pools."""
+    exact, _, (plain, _) = scored(folder)
+    got, _, (sizes, kind) = scored(folder, kv_cache_dtype=asked)
+    assert kind is QuantizedPages
+    difference = np.abs(got - exact).max()
+    assert 1e-6 < difference < limit
+    for group, before in zip(sizes["pool"], plain["pool"], strict=True):
+        (code_shape, code), (scale_shape, scale) = sizes["pages"]
+        assert code.itemsize == 1 and scale == np.float32 and scale_shape == code_shape[:3]
+        head_dim = code_shape[-1]
+        assert group.page_bytes * 4 * head_dim == before.page_bytes * (head_dim + 4)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv-cache-dtype int8: the latent cache of DeepseekV3ForCausalLM is kept"):
+        scored(FIXTURES / "families" / "deepseek-v3", kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match="kv-cache-dtype bfloat16: the model is computed in float32"):
+        scored(LLAMA, kv_cache_dtype="bfloat16")
