@@ -261,7 +261,7 @@ def weight_plan(
     from jaxserve.quantization.formats.registry import find_scheme
     from jaxserve.weights.folder import format_of
     from jaxserve.weights.loader import open_checkpoint
-    from jaxserve.weights.packed import decoded_count, plan
+    from jaxserve.weights.packed import decoded_count, plan, plan_online
     from kernels_pallas.native import api as native
 
     asked = config.model.quantization
@@ -275,7 +275,7 @@ def weight_plan(
                 f"quantization {asked}: the checkpoint is not quantised so (its config.json has no "
                 "quantization_config that says it); leave the flag away"
             )
-        packing = online.packing(spec, cast("online.Method", asked), mesh) if is_online else {}
+        packing = plan_online(spec, cast("online.Method", asked), mesh) if is_online else {}
         line = f"{asked}: {len(packing)} matrices" if packing else ""
     else:
         if asked not in (None, scheme.method) and not is_draft:
@@ -352,7 +352,7 @@ def _report(
 
     from jaxserve.models.decoder import abstract_params
 
-    memory, devices, spec = setup.memory, setup.devices, setup.spec
+    memory, devices, spec = setup.memory, setup.devices, weights.spec
     stats, buckets = runner.compile_stats, setup.buckets
     on_machines = f" on {config.parallel.nnodes} machines" if config.parallel.nnodes > 1 else ""
     return StartReport(

@@ -171,7 +171,7 @@ def grant_pages(
 
     Args:
       draft: a model that drafts: the same pages, with its keys and values behind the served model's.
-      itemsize, scale_bytes: of a stored number, and of the scale that a slot and head has beside its codes.
+      itemsize, scale_bytes: of a stored number, and of a scale beside a slot and head's codes.
       tokens_max: tokens of the largest step.
       length_wanted: --max-model-len; None is as long as the model and the pool allow.
       pool_bytes_wanted: --kv-cache-memory-bytes; None is by device.
@@ -203,12 +203,7 @@ def grant_pages(
     ))
     capacity = _longest(table, longest)
     if length_wanted is not None and length_wanted > capacity:
-        raise CapacityError(
-            f"max-model-len {length_wanted:,} needs more KV pages than fit: lower --max-model-len to at most "
-            f"{capacity:,}, or raise "
-            f"{'--kv-cache-memory-bytes' if pool_bytes < table.left_bytes else '--gpu-memory-utilization'}.\n"
-            + "\n".join(replace(table, length_max=length_wanted).lines())
-        )
+        raise _too_long(table, length_wanted, capacity, pool_bytes)
     if capacity < 1:
         raise _refusal(table, pool_bytes_wanted)
     return replace(table, length_max=capacity)
@@ -221,6 +216,15 @@ def _longest(table: MemoryTable, longest: int) -> int:
         if group.window is None or group.page_count < group.held(longest, size):
             longest = min(longest, group.page_count * size)
     return longest
+
+
+def _too_long(table: MemoryTable, length_wanted: int, capacity: int, pool_bytes: int) -> CapacityError:
+    return CapacityError(
+        f"max-model-len {length_wanted:,} needs more KV pages than fit: lower --max-model-len to at most "
+        f"{capacity:,}, or raise "
+        f"{'--kv-cache-memory-bytes' if pool_bytes < table.left_bytes else '--gpu-memory-utilization'}.\n"
+        + "\n".join(replace(table, length_max=length_wanted).lines())
+    )
 
 
 def _refusal(table: MemoryTable, pool_bytes_wanted: int | None) -> CapacityError:

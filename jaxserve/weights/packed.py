@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.core.errors import WeightsError
 from jaxserve.core.model_spec import ModelSpec
-from jaxserve.quantization import packed
+from jaxserve.models.decoder import abstract_params
+from jaxserve.quantization import online, packed
 from jaxserve.quantization.codes import Codes, FloatCodes, Form, GroupCodes, Host, IntCodes, TableCodes
 from jaxserve.quantization.formats.scheme import Scheme
-from jaxserve.quantization.packing import Packed, Packing
+from jaxserve.quantization.packing import Packed, Packing, path_of
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.rules import Assembly
 from jaxserve.weights.shards import layouts
+
+KV_SCALES = (".k_scale", ".v_scale")     # of a cache in 8 bits, which here brings scales of its own
 
 
 class PackedMatrix:
@@ -63,7 +67,7 @@ def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> di
             f"config.json says that the weights are in {scheme.method}, but no tensor ends in "
             f"{' or '.join(ends)}"
         )
-    found = dict(stored)
+    found = {name: tensor for name, tensor in stored.items() if not name.endswith(KV_SCALES)}
     for module in names:
         parts = {
             suffix: found.pop(f"{module}.{suffix}") for suffix in scheme.suffixes if f"{module}.{suffix}" in found
@@ -82,6 +86,18 @@ def plan(spec: ModelSpec, mesh: Mesh, assemblies: list[Assembly]) -> Packing:
         if form is not None and packed.fits(form, layout[-1], is_stack=len(layout) == 3):
             found[assembly.path] = Packed(form=form, columns=layout[-1])
     return found
+
+
+def plan_online(spec: ModelSpec, method: online.Method, mesh: Mesh) -> Packing:
+    """The parameters of an unquantised checkpoint that `--quantization` packs. Raises ConfigError."""
+    online.check(spec, method)
+    form, leaves = online.FORMS[method], jax.tree_util.tree_leaves_with_path(abstract_params(spec, np.float32))
+    return {
+        name: Packed(form=form, columns=layout[-1])
+        for (path, leaf), layout in zip(leaves, layouts(spec, mesh), strict=True)
+        if online.is_matrix(name := path_of(path), len(leaf.shape))
+        and packed.fits(form, layout[-1], is_stack=len(leaf.shape) == 3)
+    }
 
 
 def decoded_count(assemblies: list[Assembly], packing: Packing) -> int:

@@ -28,7 +28,8 @@ def scored(folder: Path, **options: Any) -> tuple[np.ndarray, list[tuple[int, ..
         answers = llm.generate(PROMPTS, SHAPED, use_tqdm=False)
         runner = llm._engine.runner
         pages = runner._state.kv[0].k_PKSH
-        sizes = {"pool": runner._setup.memory.groups, "pages": jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), pages)}
+        kept = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), pages)
+        sizes = {"pool": runner._setup.memory.groups, "pages": kept}
         logprobs = [
             step[token].logprob for answer, prompt in zip(answers, PROMPTS, strict=True)
             for step, token in zip(answer.prompt_logprobs[1:], prompt["prompt_token_ids"][1:], strict=True)
@@ -37,15 +38,14 @@ def scored(folder: Path, **options: Any) -> tuple[np.ndarray, list[tuple[int, ..
 
 
 @pytest.mark.parametrize(("folder", "asked", "limit"), [
-    (LLAMA, "int8", 0.02), (LLAMA, "fp8", 0.15), (GEMMA, "int8", 0.05),
+    (LLAMA, "int8", 0.04), (LLAMA, "fp8", 0.2), (GEMMA, "int8", 0.01),
 ], ids=["llama-int8", "llama-fp8", "gemma3-int8"])
 def test_logprobs_stay_close_and_pages_are_smaller(folder: Path, asked: str, limit: float) -> None:
     """Gemma 3 has windows, hence two pools."""
     exact, _, (plain, _) = scored(folder)
     got, _, (sizes, kind) = scored(folder, kv_cache_dtype=asked)
     assert kind is QuantizedPages
-    difference = np.abs(got - exact).max()
-    assert 1e-6 < difference < limit
+    assert 1e-4 < np.abs(got - exact).mean() < limit
     for group, before in zip(sizes["pool"], plain["pool"], strict=True):
         (code_shape, code), (scale_shape, scale) = sizes["pages"]
         assert code.itemsize == 1 and scale == np.float32 and scale_shape == code_shape[:3]

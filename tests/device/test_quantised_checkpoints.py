@@ -19,7 +19,6 @@ from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.hf import read_config
 from jaxserve.models.registry import read_spec
-from jaxserve.quantization import online
 from jaxserve.quantization.formats.registry import find_scheme
 from jaxserve.quantization.int8 import Int8Tensor
 from jaxserve.quantization.packed import PackedTensor
@@ -28,7 +27,7 @@ from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params, open_checkpoint
-from jaxserve.weights.packed import plan
+from jaxserve.weights.packed import plan, plan_online
 from kernels_pallas.native import api as native
 from kernels_pallas.native.packed import VARIANTS
 from kernels_pallas.quantized_matmul.api import _triton_refusals
@@ -173,7 +172,7 @@ def test_fp8_online_takes_the_nearest_floats_of_each_output(monkeypatch: pytest.
     folder, mesh = FIXTURES / "tiny-llama-tied", make_mesh(jax.devices()[:1])
     spec = read_spec(folder)
     plain = load_params(spec, folder, mesh, jnp.float32)
-    made = load_params(spec, folder, mesh, jnp.float32, packing=online.packing(spec, "fp8", mesh))
+    made = load_params(spec, folder, mesh, jnp.float32, packing=plan_online(spec, "fp8", mesh))
     tensor, weight = (tree["layers_0"]["mlp"]["down"]["weight"] for tree in (made, plain))
     scale = np.abs(weight).max(1, keepdims=True) / 448
     expected = (weight / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale

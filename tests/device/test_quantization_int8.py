@@ -12,11 +12,12 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.layers.context import StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.registry import read_spec
-from jaxserve.quantization import int8, online
+from jaxserve.quantization import int8
 from jaxserve.quantization.int8 import Int8Tensor
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.loader import load_params
+from jaxserve.weights.packed import plan_online
 from jaxserve.weights.random import random_params
 from tests.device.fixture_models import attend_densely
 
@@ -76,7 +77,7 @@ def test_large_matrices_are_quantised_in_slices_and_may_be_sharded(monkeypatch):
 @pytest.mark.parametrize("folder", [LLAMA, QWEN], ids=["llama", "qwen2"])
 def test_logits_are_those_of_dequantised_weights_and_rounded_activations(folder, monkeypatch):
     spec, mesh = read_spec(folder), make_mesh(jax.devices()[:1])
-    packed = load_params(spec, folder, mesh, jnp.float32, packing=online.packing(spec, "int8", mesh))
+    packed = load_params(spec, folder, mesh, jnp.float32, packing=plan_online(spec, "int8", mesh))
     plain = load_params(spec, folder, mesh, jnp.float32)
     kinds = {type(leaf) for leaf in jax.tree.leaves(packed["layers_0"], is_leaf=lambda x: isinstance(x, QTensor))}
     assert Int8Tensor in kinds and not isinstance(packed["embedding"]["weight"], QTensor)
@@ -105,10 +106,12 @@ def dense_logits(spec, params, tokens):
 
 def test_the_parameters_take_the_bytes_that_were_planned():
     spec = read_spec(LLAMA)
-    planned = abstract_params(spec, jnp.bfloat16, make_mesh(jax.devices()[:1]), online.packing(spec, "int8"))
+    mesh = make_mesh(jax.devices()[:1])
+    packing = plan_online(spec, "int8", mesh)
+    planned = abstract_params(spec, jnp.bfloat16, mesh, packing)
     for made in (
-        load_params(spec, LLAMA, make_mesh(jax.devices()[:1]), jnp.bfloat16, packing=online.packing(spec, "int8")),
-        random_params(spec, make_mesh(jax.devices()[:1]), jnp.bfloat16, packing=online.packing(spec, "int8")),
+        load_params(spec, LLAMA, mesh, jnp.bfloat16, packing=packing),
+        random_params(spec, mesh, jnp.bfloat16, packing=packing),
     ):
         assert jax.tree.structure(made) == jax.tree.structure(planned)
         kinds = ([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (made, planned))
@@ -124,7 +127,7 @@ def test_the_parameters_take_the_bytes_that_were_planned():
 def test_models_it_would_hardly_touch_are_refused(family, kind):
     spec = read_spec(FIXTURES / "families" / family)
     with pytest.raises(ConfigError, match=f"quantization int8 is not built yet for {kind}"):
-        online.packing(spec, "int8")
+        plan_online(spec, "int8", make_mesh(jax.devices()[:1]))
 
 
 def test_an_answer_does_not_depend_on_the_batch():
