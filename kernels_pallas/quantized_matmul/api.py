@@ -33,8 +33,8 @@ def quantized_matmul(x_TI: Array, weight: PackedWeight, *, implementation: str |
 
     Args:
       x_TI: rows, float32, bfloat16 or float16.
-      implementation: "native" (CPUs that have its instructions, bfloat16), "triton" (GPUs, 16-bit
-        rows), "xla", "reference", or None for the first that serves the request.
+      implementation: "native" (CPUs that have its instructions, bfloat16), "xla", "triton" (GPUs, 16-bit rows; it has
+        not met one yet, so it must be named), "reference", or None for the first that serves the request.
     """
     found = violations(weight)
     if len(weight.shape) != 2:
@@ -45,8 +45,8 @@ def quantized_matmul(x_TI: Array, weight: PackedWeight, *, implementation: str |
         found.append(f"x must be float32, bfloat16 or float16, got {x_TI.dtype}")
     contract.require("quantized_matmul", found)
     refusals = {
-        "native": lambda: _native_refusals(x_TI, weight), "triton": lambda: _triton_refusals(x_TI, weight),
-        "xla": list, "reference": list,
+        "native": lambda: _native_refusals(x_TI, weight), "xla": list,
+        "triton": lambda: _triton_refusals(x_TI, weight), "reference": list,
     }
     return _implementation(contract.choose("quantized_matmul", implementation, refusals))(x_TI, weight)
 

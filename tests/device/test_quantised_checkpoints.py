@@ -154,7 +154,7 @@ def described(kind: str, params: Any) -> Shown:
     only_here = ["needs a GPU, the target is 'cpu'"]
     return Shown(
         **common, code=tensor.weight.code, activations=tensor.activations, cpu="native, else xla",
-        gpu="triton" if _triton_refusals(x_TI, tensor.weight) == only_here else "xla",
+        gpu="xla (triton by name)" if _triton_refusals(x_TI, tensor.weight) == only_here else "xla",
     )
 
 
