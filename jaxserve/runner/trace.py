@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from jaxserve.runner.compile import Executable
 
 MODULE = re.compile(r"^HloModule ([\w.-]+)", re.MULTILINE)
 NAMED = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = .*metadata=\{.*?op_name="([^"]+)"', re.MULTILINE)
+
+WAIT_S = 0.05
 
 Scopes = dict[tuple[str, str], str]     # by module and operation
 
@@ -55,6 +58,9 @@ class Tracer:
         if self._before is None:
             raise EngineError("no trace is running: start one first")
         before, self._before = self._before, None
+        # jax names a trace by the second in which it ends, and would write over the one of the same second.
+        while (self._folder / "plugins" / "profile" / time.strftime("%Y_%m_%d_%H_%M_%S")).exists():
+            time.sleep(WAIT_S)
         try:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:

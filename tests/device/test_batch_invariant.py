@@ -15,7 +15,7 @@ from tests.device.test_runner_engine import run
 from tests.device.tiny import prompt_of, tiny_config, tiny_mesh, tiny_params, tiny_spec
 
 
-@pytest.fixture(scope="module", params=[None, 6], ids=["one group", "two groups"])
+@pytest.fixture(scope="module", params=[None, pytest.param(6, marks=pytest.mark.slow)], ids=["one group", "two groups"])
 def runner(request, tmp_path_factory):
     spec = tiny_spec(window=request.param)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params(spec, seed=5))

@@ -116,6 +116,7 @@ def test_parameters_are_traced_in_no_wider_type() -> None:
 
 
 @pytest.mark.skipif(not SMOLLM2_FOLDER.is_dir(), reason="the demo model is made by scripts/fetch_demo_model.py")
+@pytest.mark.slow     # always-on: the whole engine on the same prompts, in test_engine_references.py
 @pytest.mark.timeout(300)
 def test_demo_model_greedy_tokens_equal_transformers() -> None:
     """64 tokens after each of 12 prompts, in float32."""

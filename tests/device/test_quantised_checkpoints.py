@@ -29,13 +29,15 @@ from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params, open_checkpoint
 from jaxserve.weights.packed import plan, plan_online
 from kernels_pallas.native import api as native
-from kernels_pallas.native.packed import VARIANTS
+from kernels_pallas.native import packed as native_packed
 from kernels_pallas.quantized_matmul.api import _triton_refusals
 from scripts.write_quantization import PAGE, Shown, with_table
 from tests.device.fixture_models import FIXTURES, attend_densely
 from tests.device.packed_folders import KINDS, write_folders
 
-TOKENS = jnp.arange(3, 43)
+# Formats whose every step others show, too.
+VARIANTS = {"gptq-2bit", "gptq-v2", "gptq-channel", "ct-w4a16", "ct-int8-weights", "ct-fp8-static", "squeezellm-4bit"}
+TOKENS = np.arange(3, 43)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,9 @@ def matmul(self: QTensor, x_TI: jax.Array, axis: str | None = None) -> jax.Array
     return jnp.matmul(rounded(x_TI, self), matrix(self).T, precision="highest")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in VARIANTS else ()) for kind in KINDS]
+)
 def test_logits_are_those_of_the_plain_weights(
     kind: str, folders: Any, shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +121,7 @@ def test_logits_are_those_of_the_plain_weights(
     assert np.abs(expected).max() > 1, "the model says something"
 
 
-@pytest.mark.parametrize("kind", ["gptq-4bit", "awq", "fp8-block"])
+@pytest.mark.parametrize("kind", [pytest.param("gptq-4bit", marks=pytest.mark.slow), "awq", "fp8-block"])
 def test_experts_stay_packed(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed_folder, plain_folder = write_folders(kind, tmp_path, has_experts=True)
     packed, plain = loaded(packed_folder), loaded(plain_folder)
@@ -149,7 +153,7 @@ def described(kind: str, params: Any) -> Shown:
         activations = "token" if tensor.input_scale is None else "static"
         return Shown(**common, code="int8", activations=activations, cpu="native, else lanes and xla", gpu="xla")
     assert isinstance(tensor, PackedTensor)
-    assert native._variant(tensor.weight) in VARIANTS
+    assert native._variant(tensor.weight) in native_packed.VARIANTS
     x_TI = jnp.zeros((1, 128), jnp.bfloat16)
     only_here = ["needs a GPU, the target is 'cpu'"]
     return Shown(

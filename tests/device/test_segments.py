@@ -57,7 +57,7 @@ def test_layers_that_are_packed_otherwise_are_other_programs():
     assert [index for segment in found for index in segment.layers] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 6])
 def test_cut_or_whole_gives_the_same_tokens(tmp_path, monkeypatch, window):
     spec = replace(tiny_spec(window=window), layers=tiny_spec(window=window).layers * 2)
     params = tiny_params(spec, seed=3)

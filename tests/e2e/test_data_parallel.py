@@ -10,7 +10,7 @@ import requests
 
 from tests.e2e.test_life import SMALL, children, is_alive, post
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 MANY = 60       # requests, of which eight run at once: enough to be there when an engine is killed
 
 

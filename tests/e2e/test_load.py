@@ -65,7 +65,9 @@ def demo_alone(serve_module, demo_model):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [
+    pytest.param(name, marks=() if name in ("default", "small-pool") else pytest.mark.slow) for name in VARIANTS
+])
 def test_tiny_model_under_mixed_load(serve, tiny_llama, tiny_alone, variant):
     """Reduced: 32 requests on a tiny random checkpoint, every switch."""
     is_small = variant == "small-pool"

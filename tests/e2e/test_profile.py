@@ -21,7 +21,7 @@ def test_a_trace_of_a_server_reads_like_the_source(serve, tiny_llama, tmp_path):
         assert post(server.url, max_tokens=4, ignore_eos=True).status_code == 200
         assert requests.post(f"{server.url}/stop_profile", timeout=60).status_code == 200
     paths = sorted((tmp_path / "traces").rglob("*.trace.json.gz"))
-    assert paths
+    assert len(paths) == 2
     for path in paths:
         names = {event.get("name", "") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
         assert any("layer_0/" in name for name in names), sorted(names)[:50]

@@ -81,7 +81,7 @@ CASES = {
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
     "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
 }
-QUICK = ("grouped-three", "window-sinks-soft-cap")
+QUICK = ("window-sinks-soft-cap",)
 
 
 def run(op: str, case: Case) -> dict[str, float | bool]:
