@@ -96,10 +96,10 @@ async def one(client: httpx.AsyncClient, model: str, call: Call) -> Reply:
                 if event.get("error"):
                     reply.error = str(event["error"])
                     return reply
-                if event.get("usage") and not event["choices"]:
+                if event.get("usage"):      # alone in the last event, or, from other servers, beside an empty choice
                     reply.input_tokens = event["usage"]["prompt_tokens"]
                     reply.output_tokens = event["usage"]["completion_tokens"]
-                elif event["choices"]:
+                if event["choices"] and (event["choices"][0].get("text") or not event.get("usage")):
                     if reply.ttft_s == 0:
                         reply.ttft_s = now - begin
                     else:
