@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, dot, host, packed
+from kernels_pallas.native import attend, blocks, dot, host, packed
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul.weights import PackedWeight
 from kernels_pallas.work import AttentionWork
@@ -116,10 +116,10 @@ def attention_refusals(q_TNH: Array, k_PKSH: Pages, *, soft_cap: float | None) -
         return [*found, "no quantised pages"]
     if k_PKSH.dtype not in (jnp.bfloat16, jnp.uint16):
         found.append(f"pages must hold bfloat16, got {k_PKSH.dtype}")
-    if q_TNH.shape[-1] not in attend.QUERIES:
-        found.append(f"head dimension {q_TNH.shape[-1]} is none of {', '.join(map(str, attend.QUERIES))}")
-    if k_PKSH.shape[2] % attend.TURN:
-        found.append(f"page size {k_PKSH.shape[2]} is no multiple of {attend.TURN}")
+    if q_TNH.shape[-1] % blocks.DIM_STEP or q_TNH.shape[-1] > attend.DIM_MAX:
+        found.append(f"head dimension {q_TNH.shape[-1]} is no multiple of {blocks.DIM_STEP} up to {attend.DIM_MAX}")
+    if k_PKSH.shape[2] % blocks.PIECE:
+        found.append(f"page size {k_PKSH.shape[2]} is no multiple of {blocks.PIECE}")
     if soft_cap is not None:
         found.append("no soft caps")
     return found

@@ -81,6 +81,26 @@ def stored(words: list[tuple[str, str]]) -> str:
     )
 
 
+def joined(parts: list[str]) -> str:
+    """Instructions one below the other."""
+    return "\n".join(parts)
+
+
+def loop(name: str, start: str, end: str, step: int, body: str, before: str) -> str:
+    """A loop of %NAME from `start` while below `end`, entered from block `before`; goes on in block NAME_end."""
+    return f"""  %{name}_some = icmp slt i64 {start}, {end}
+  br i1 %{name}_some, label %{name}_loop, label %{name}_end
+{name}_loop:
+  %{name} = phi i64 [{start}, %{before}], [%{name}_next, %{name}_more]
+{body}
+  br label %{name}_more
+{name}_more:
+  %{name}_next = add i64 %{name}, {step}
+  %{name}_again = icmp slt i64 %{name}_next, {end}
+  br i1 %{name}_again, label %{name}_loop, label %{name}_end
+{name}_end:"""
+
+
 def handler(name: str, functions: dict[str, int], version: tuple[int, int]) -> str:
     """IR of `@NAME`: answers XLA's question for its version, then runs the chunks."""
     return _workers(name) + _entry(name, version) + _helpers(name, functions) + f"""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.native import api, attend, host
+from kernels_pallas.native import api, attend, blocks, host
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
 from kernels_pallas.shapes import head_shape
@@ -89,7 +89,7 @@ def test_attention_equals_the_reference_to_its_precision(name, op):
 
 @here
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dim", sorted(attend.QUERIES))
+@pytest.mark.parametrize("dim", range(blocks.DIM_STEP, attend.DIM_MAX + 1, blocks.DIM_STEP))
 def test_every_head_dimension_is_served(dim, op):
     import dataclasses
 
@@ -119,14 +119,29 @@ def test_unseen_slots_and_padding_change_no_bit(op, window):
 
 
 @here
-def test_a_later_token_of_the_chunk_is_not_seen_whatever_it_holds():
-    step = Step(SMOL, jnp.bfloat16, entries=((1, 70, 20),), decode_count=0)
+@pytest.mark.parametrize(("start", "window", "seeing"), [
+    (70, None, slice(15, 40)), (70, 10, slice(15, 25)), (140, 60, slice(0, 5)),     # of a block of slots long past
+])
+def test_what_only_some_tokens_of_a_chunk_see_is_nothing_to_the_others(start, window, seeing):
+    step = Step(SMOL, jnp.bfloat16, entries=((1, start, 40),), decode_count=0)
+    step.options["window"] = window
     clean = step.run(paged_prefill, "native")
     page, slot = int(step.page_RM[1, 85 // S]), 85 % S
     k, v = (x.at[page, :, slot].set(jnp.nan) for x in (step.k_PKSH, step.v_PKSH))
     got = step.run(paged_prefill, "native", k=k, v=v)
-    np.testing.assert_array_equal(got[:15], clean[:15])
-    assert np.isnan(got[15:20]).all()
+    assert np.isnan(got[seeing]).all()
+    others = np.setdiff1d(np.arange(T), np.arange(T)[seeing])
+    np.testing.assert_array_equal(got[others], clean[others])
+
+
+@here
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (10, 2), (8, 1)])
+def test_groups_of_any_number_of_heads(heads, kv_heads):
+    import dataclasses
+
+    step = Step(dataclasses.replace(SMOL, head_count=heads, kv_head_count=kv_heads), jnp.bfloat16)
+    for op in OPS:
+        np.testing.assert_allclose(step.run(op, "native"), step.run(op, "reference"), rtol=2e-2, atol=2e-2)
 
 
 @here
