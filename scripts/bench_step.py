@@ -81,9 +81,17 @@ def main() -> None:
         report["host_ms"][rows] = times    # type: ignore[index]
     if options.profile is not None:
         scopes = scopes_of(executable for _, executable in built.values())
-        report["profile_ms"] = {rows: profile(runner, config, rows, options, scopes) for rows in options.rows}
+        report["profile_ms"] = {
+            f"{rows} rows": profile(runner, config, rows, options, scopes) for rows in options.rows
+        }
     for tokens in (size for size in runner.buckets.tokens if size <= runner.shape.length_max):
-        chunk = prefill_ms(runner, tokens, options.repeats)
+        plan = prefill_plan(runner, tokens)
+        chunk = prefill_ms(runner, plan, options.repeats)
+        if options.profile is not None:
+            report["profile_ms"][f"prefill {tokens}"] = profiled(    # type: ignore[index]
+                lambda plan=plan: runner.launch(plan).result(), options.repeats, options.profile / f"prefill{tokens}",
+                scopes,
+            )
         report["device_ms"][tokens] = chunk | prefill_rate(work, ceilings, tokens, chunk["median"])   # type: ignore
     stats = runner.stats
     report["compiled_after_ready"] = stats.compiled_after_ready_count
@@ -194,13 +202,13 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": round(median(values), 3), "min": round(min(values), 3)}
 
 
-def prefill_ms(runner: Runner, tokens: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of a step that prefills one chunk of `tokens`, sampling nothing."""
+def prefill_plan(runner: Runner, tokens: int) -> StepPlan:
+    """A step that prefills one chunk of `tokens`, sampling nothing."""
     shape = runner.shape
     pages = -(-tokens // shape.page_size)
     index_U = np.arange(pages, dtype=np.int32)
     zero_T, false_A = np.zeros(tokens, np.int32), np.zeros(1, bool)
-    plan = StepPlan(
+    return StepPlan(
         step=0, row_A=np.zeros(1, np.int32), start_A=np.zeros(1, np.int32), count_A=np.array([tokens], np.int32),
         from_row_A=false_A, samples_A=false_A, scores_A=false_A, token_T=zero_T, score_target_T=zero_T - 1,
         decode_count=0,
@@ -208,6 +216,10 @@ def prefill_ms(runner: Runner, tokens: int, repeats: int) -> dict[str, float]:
             PageUpdates(row_U=np.zeros(pages, np.int32), index_U=index_U, page_U=index_U) for _ in shape.groups
         ),
     )
+
+
+def prefill_ms(runner: Runner, plan: StepPlan, repeats: int) -> dict[str, float]:
+    """Milliseconds of the step."""
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -242,9 +254,9 @@ def _table(report: dict[str, object]) -> str:
         rate = times.pop("rate")
         spent = "  ".join(f"{name} {ms['median']:.2f} ({ms['min']:.2f})" for name, ms in times.items())
         lines.append(f"{rows:4} rows: {spent}  {_share(rate)}")
-    for rows, programs in report.get("profile_ms", {}).items():                                          # type: ignore
+    for step, programs in report.get("profile_ms", {}).items():                                          # type: ignore
         for program, scopes in programs.items():
-            lines.append(f"{rows:4} rows, {program}: {sum(scopes.values()):.2f}")
+            lines.append(f"{step}, {program}: {sum(scopes.values()):.2f}")
             lines += [f"{ms:14.3f} {scope}" for scope, ms in list(scopes.items())[:SHOWN_SCOPES_MAX]]
     for tokens, ms in report["device_ms"].items():                                                       # type: ignore
         speed = f"{tokens / ms['median'] * 1e3:.0f} tokens/s"
@@ -275,7 +287,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens-max", type=int, default=None, help="--max-num-batched-tokens")
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=None)
     parser.add_argument("--compilation-cache-dir", default=None)
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace decode steps, named as in the source")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace steps, named as in the source")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args()
