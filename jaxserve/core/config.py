@@ -17,6 +17,10 @@ Quantization = Literal["int8", "fp8", "gptq", "awq", "compressed-tensors", "bits
 KvCacheDtype = Literal["auto", "bfloat16", "fp8", "fp8_e4m3", "int8"]
 
 
+# Who computes attention; "auto" is the first of native and xla that serves, see docs/kernels.md.
+AttentionBackend = Literal["auto", "xla", "native", "mosaic_gpu", "triton"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Which model, and how it is read."""
@@ -101,6 +105,7 @@ class CompilationConfig:
 
     enforce_eager: bool = False                  # fewest buckets
     batch_invariant: bool = False                # bfloat16 results equal to the bit, whatever else is in the step
+    attention_backend: AttentionBackend = "auto"
     compilation_cache_dir: str | None = None     # None: under the user's cache folder
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxserve.core.config import KvCacheDtype, Quantization
+from jaxserve.core.config import AttentionBackend, KvCacheDtype, Quantization
 
 Kind = Literal["text", "texts", "int", "float", "bool", "length", "bytes", "json"]
 
@@ -124,6 +124,10 @@ FLAGS: tuple[Flag, ...] = (
     Flag("enforce-eager", "compilation", "bool", "fewest buckets: quick to compile, slower to serve"),
     Flag("batch-invariant", "compilation", "bool",
          "bfloat16 results equal to the bit whatever else is computed; one stream is slower. CPU only so far"),
+    Flag("attention-backend", "compilation", "text",
+         "xla: any device; native: this CPU's kernels; mosaic_gpu: Hopper's; triton: Ampere's and later (neither has "
+         "run on a GPU yet); auto: native where it serves, else xla. What cannot serve the model is refused at start",
+         choices=get_args(AttentionBackend)),
     Flag("compilation-cache-dir", "compilation", "text",
          "where compiled programs are kept; default ~/.cache/jaxserve/xla"),
     Flag("host", "frontend", "text", "address to listen on"),

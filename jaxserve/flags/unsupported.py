@@ -45,8 +45,9 @@ REASONS: tuple[tuple[str, str], ...] = (
     ("model-impl", f"a second implementation of models {_NEVER}: there is one of each"),
     ("runner convert task pooler-config override-pooler-config", f"embedding and pooling models {_LATER_MANY}"),
     ("disable-sliding-window", f"changing a model's attention {_NEVER}: windows are computed as it was trained"),
-    ("attention-backend attention-config disable-cascade-attn override-attention-dtype kernel-config mamba-config "
-     "kv-sharing-fast-prefill", f"a choice of attention implementation {_LATER}; there is one for each platform"),
+    ("attention-config", 'is spelt --attention-backend here'),
+    ("disable-cascade-attn override-attention-dtype kernel-config mamba-config kv-sharing-fast-prefill",
+     f"this knob of vLLM's attention {_NEVER}; see --attention-backend"),
     ("mamba-cache-dtype mamba-ssm-cache-dtype mamba-block-size mamba-cache-mode", f"state-space models {_LATER_MANY}"),
     ("logits-processors logits-processor-pattern", f"logits processors of your own {_LATER_MANY}"),
     ("enable-prompt-embeds", f"prompts as embeddings {_LATER_MANY}"),

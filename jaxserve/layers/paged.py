@@ -15,7 +15,7 @@ from jaxserve.layers.context import LayerKv, StepContext
 from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
-from kernels_pallas.quantized import Pages
+from kernels_pallas.quantized import Pages, QuantizedPages
 
 
 def attend(
@@ -41,12 +41,14 @@ def attend(
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
       implementation: who attends, see `kernels_pallas.paged_decode`; a model is built with
         `functools.partial(attend, implementation=...)` for another one, and refused with reasons where that cannot.
+        Pages are written by XLA, and by Triton beside Triton's attention where they hold no codes.
     """
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
 
     def write(pages_PKSH: Pages, new_TKH: Array) -> Pages:
-        return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation="xla")
+        writer = "triton" if implementation == "triton" and not isinstance(pages_PKSH, QuantizedPages) else "xla"
+        return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation=writer)
 
     with jax.named_scope("attention.write"):
         k_PKSH = write(layer_kv.k_PKSH, k_TKH)

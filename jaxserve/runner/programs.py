@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.core.plan import RunnerShape
+from jaxserve.layers import paged
 from jaxserve.layers.context import LayerKv
 from jaxserve.models.decoder import Decoder
 from jaxserve.quantization.qtensor import QTensor
@@ -39,7 +40,8 @@ class ProgramSet:
 
     def __init__(self, setup: RunnerSetup, params: Any) -> None:
         self._setup = setup
-        self._model = Decoder(spec=setup.spec, dtype=setup.dtype, experts=setup.experts)
+        attend = functools.partial(paged.attend, implementation=setup.attention)
+        self._model = Decoder(spec=setup.spec, dtype=setup.dtype, attend=attend, experts=setup.experts)
         params = self._abstract(params)
         self.segments = cut(setup.spec, params)
         self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
@@ -190,7 +192,8 @@ class ProgramSet:
             name=name, function=on_each_device(function, setup.mesh, arguments, placements),
             arguments=arguments, donated=donated, results=placements,
             identity=" ".join(map(str, (
-                repr(setup.spec), setup.dtype, setup.kv_codes, self._tree, self._kernels, repr(closes_over)
+                repr(setup.spec), setup.dtype, setup.kv_codes, setup.attention, self._tree, self._kernels,
+                repr(closes_over),
             ))),
         )
 

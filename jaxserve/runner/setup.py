@@ -37,6 +37,7 @@ class RunnerSetup:
     samples_max: most samples of a step where drafts are verified; None: one a row.
     draft: the model that drafts, if one does.
     kv_codes: dtype of the codes of an 8-bit KV cache; None: keys and values as they are.
+    attention: who attends (`kernels_pallas`); None: the first that serves of those that need not be named.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -51,6 +52,7 @@ class RunnerSetup:
     samples_max: int | None = None
     draft: DraftSetup | None = None
     kv_codes: str | None = None
+    attention: str | None = None
     store: ExecutableStore | None = None
 
     @property

@@ -33,6 +33,7 @@ from jaxserve.runner.memory import Budget, MemoryTable, device_budget, grant_pag
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import DraftSetup, RunnerSetup
 from jaxserve.sharding.split import device_spec
+from kernels_pallas.contract import NoImplementationError
 
 logger = logging.getLogger("jaxserve.start")
 
@@ -83,6 +84,7 @@ def plan_memory(
         budget = tightest(budget, least)
 
     def temporaries(setup: RunnerSetup) -> int:
+        check_attention(setup, params, draft_params)
         # On the CPU temporaries are malloc'd as they come, out of the reserve.
         mine = 0 if is_cpu else measure_temporaries(setup, params, draft_params)
         return mine if least is None else -least((-mine,))[0]
@@ -199,6 +201,7 @@ def _setup(
         alternatives_max=vocab_size if alternatives == -1 else min(alternatives, vocab_size),
     )
     length = config.model.max_model_len or spec.context_length
+    backend = config.compilation.attention_backend
     return RunnerSetup(
         spec=spec, mesh=mesh, dtype=dtype, buckets=buckets,
         shape=_shape(shape, [PROVISIONAL_PAGES] * len(shape.groups), length),
@@ -206,6 +209,7 @@ def _setup(
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
         store=store, kv_codes=_kv_codes(config, spec, dtype, draft, is_cpu=is_cpu),
+        attention=None if backend == "auto" else backend,
     )
 
 
@@ -222,6 +226,22 @@ def _kv_codes(
 def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> RunnerShape:
     groups = tuple(replace(group, page_count=count) for group, count in zip(shape.groups, page_counts, strict=True))
     return replace(shape, groups=groups, length_max=length_max)
+
+
+def check_attention(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
+    """Raises ConfigError where the implementation asked for cannot serve a layer here: traces a step, compiles none."""
+    if setup.attention is None:
+        return
+    tokens = setup.buckets.tokens[0]
+    programs = list(ProgramSet(setup, params).forward(tokens))
+    if setup.draft is not None:
+        drafting = DraftModel(setup, setup.draft.spec, draft_params, setup.draft.tokens_max)
+        programs.append(drafting.follow_program(tokens))
+    try:
+        for program in programs:
+            jax.eval_shape(program.function, *program.arguments)
+    except NoImplementationError as error:
+        raise ConfigError(f"attention-backend {setup.attention}: {error} auto takes one that serves.") from error
 
 
 def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:

@@ -35,7 +35,7 @@ nnodes node-rank master-addr master-port prefill-context-parallel-size decode-co
 all2all-backend enable-dbo enable-lora max-loras max-lora-rank max-cpu-loras lora-dtype
 fully-sharded-loras structured-outputs-config otlp-traces-endpoint collect-detailed-traces
 show-hidden-metrics-for-version kv-cache-metrics custom-histogram-buckets profiler-config compilation-config
-cudagraph-capture-sizes attention-backend attention-config kernel-config mamba-config limit-mm-per-prompt
+cudagraph-capture-sizes attention-config kernel-config mamba-config limit-mm-per-prompt
 mm-processor-kwargs kv-transfer-config ec-transfer-config rope-scaling rope-theta swap-space
 """.split()
 
