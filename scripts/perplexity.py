@@ -42,7 +42,8 @@ def measure(options: argparse.Namespace, text: str, quantization: str | None) ->
     """Perplexity over the first `--tokens` tokens, and how long that took."""
     llm = LLM(
         options.model, dtype=options.dtype, quantization=quantization, max_model_len=options.window + 1,
-        kv_cache_memory_bytes=options.kv_cache_memory_bytes, enable_prefix_caching=False,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes, kv_cache_dtype=options.kv_cache_dtype,
+        enable_prefix_caching=False,
     )
     try:
         tokens = llm.get_tokenizer().encode(text)[: options.tokens]
@@ -63,6 +64,7 @@ def measure(options: argparse.Namespace, text: str, quantization: str | None) ->
             count += 1
     return {
         "model": Path(options.model).name, "dtype": options.dtype, "quantization": quantization,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "perplexity": math.exp(loss / count), "tokens": count, "window": options.window, "seconds": round(seconds, 1),
     }
 
@@ -77,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=20480)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--kv-cache-memory-bytes", default="256M")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     return parser.parse_args()
 
 

@@ -20,6 +20,10 @@ import jax
 
 from jaxserve import LLM, SamplingParams
 from jaxserve.core.model_spec import LatentAttention
+from jaxserve.flags import engine_config_from_kwargs
+from jaxserve.models.registry import read_spec
+from jaxserve.plan.devices import kind
+from jaxserve.plan.sizes import Sizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 SHAPED = SamplingParams(
@@ -34,11 +38,14 @@ def measure(folder: Path, size: int, *, whole_experts: bool, is_counted: bool) -
         {"prompt_token_ids": case["prompt_token_ids"]}
         for case in json.loads((folder / "reference.json").read_text())["cases"]
     ]
-    with tempfile.TemporaryDirectory() as store, LLM(
-        str(folder), max_num_seqs=6, max_num_batched_tokens=16, block_size=8, kv_cache_memory_bytes="1M",
-        enforce_eager=True, skip_tokenizer_init=True, dtype="float32", compilation_cache_dir=store,
-        tensor_parallel_size=size, enable_expert_parallel=whole_experts,
-    ) as llm:
+    options = {
+        "max_num_seqs": 6, "max_num_batched_tokens": 16, "block_size": 8, "kv_cache_memory_bytes": "1M",
+        "enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float32", "tensor_parallel_size": size,
+        "enable_expert_parallel": whole_experts,
+    }
+    config = engine_config_from_kwargs(str(folder), **options)
+    sizer = Sizer(spec=read_spec(folder), folder=folder)
+    with tempfile.TemporaryDirectory() as store, LLM(str(folder), compilation_cache_dir=store, **options) as llm:
         greedy = llm.generate(prompts + prompts[::-1], GREEDY, use_tqdm=False)
         shaped = llm.generate(prompts, SHAPED, use_tqdm=False)
         runner = llm._engine.runner
@@ -52,8 +59,11 @@ def measure(folder: Path, size: int, *, whole_experts: bool, is_counted: bool) -
             ],
             "weight_bytes": held(leaves.begin, leaves.segments, leaves.finish, runner._head_leaves),
             "planned_bytes": setup.memory.weight_bytes,
-            "page_bytes": held(runner._state.kv) // max(1, setup.shape.groups[0].page_count),
-            "planned_page_bytes": setup.memory.page_bytes,
+            "is_as_planned_without_devices":
+                sizer.size(config, kind("CPU"), lambda *_: 0).setup.memory == setup.memory,
+            "page_bytes": setup.memory.page_bytes,
+            "pool_bytes": held(runner._state.kv),
+            "planned_pool_bytes": setup.memory.pool_bytes,
             "is_latent": isinstance(setup.spec.layers[0].attention, LatentAttention),
             "collectives": collectives(runner) if is_counted else {},
         }

@@ -36,7 +36,8 @@ def measured(
     for size, of_size in found.items():
         assert of_size["tokens"] == expected + expected[::-1], (name, size)
         assert of_size["weight_bytes"] == of_size["planned_bytes"]
-        assert of_size["page_bytes"] == of_size["planned_page_bytes"]
+        assert of_size["pool_bytes"] == of_size["planned_pool_bytes"]
+        assert of_size["is_as_planned_without_devices"], "what `jaxserve plan` says"
     return found
 
 
