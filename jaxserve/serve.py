@@ -25,9 +25,7 @@ from jaxserve.visible_devices import engine_environment
 if TYPE_CHECKING:
     import uvicorn
 
-    from jaxserve.engine.router import EngineRouter
-    from jaxserve.server.app import ServerState
-    from jaxserve.supervisor import Supervisor
+    from jaxserve.serving import Serving
 
 logger = logging.getLogger("jaxserve.serve")
 
@@ -83,33 +81,19 @@ def _bind(config: ServeConfig) -> socket.socket:
 
 
 async def _serve(config: ServeConfig, sock: socket.socket) -> int:
-    from jaxserve.engine.async_engine import AsyncEngine
-    from jaxserve.engine.router import EngineRouter
-    from jaxserve.supervisor import Supervisor, keep_alive
+    from jaxserve.serving import Serving
 
-    parallel = config.engine.parallel
-    supervisors = [
-        Supervisor(
-            AsyncEngine(queue_max=config.engine.scheduler.max_num_queued_reqs), config.engine,
-            log_level=config.frontend.log_level, environment=engine_environment(parallel, index),
-        )
-        for index in range(parallel.data_parallel_size)
-    ]
-    channels = [supervisor.spawn() for supervisor in supervisors]
-    engine = EngineRouter(
-        [supervisor.engine for supervisor in supervisors], follows_prefixes=config.engine.cache.enable_prefix_caching
-    )
-    from jaxserve.server.app import ServerState, create_app
+    serving = Serving(config)
+    from jaxserve.server.app import create_app
 
-    state = ServerState(config=config, engine=engine)
-    server = _http_server(create_app(state), config)
+    server = _http_server(create_app(serving.state), config)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(server.serve(sockets=[sock]), name="http"),
-        asyncio.create_task(keep_alive(supervisors, channels), name="engine"),
-        asyncio.create_task(_open_text(state, engine, config), name="text"),
+        asyncio.create_task(serving.run(), name="engine"),
+        asyncio.create_task(_open_text(serving, config), name="text"),
         asyncio.create_task(stop.wait(), name="stop"),
     ]
     status = 0
@@ -120,7 +104,9 @@ async def _serve(config: ServeConfig, sock: socket.socket) -> int:
         status = 1
         if config.engine.parallel.nnodes > 1:
             await asyncio.sleep(LAST_WORD_S)
-    await _wind_down(config, engine, supervisors)
+    await serving.wind_down()
+    if config.frontend.uds is not None and os.path.exists(config.frontend.uds):
+        os.unlink(config.frontend.uds)
     server.should_exit = True
     await asyncio.wait(tasks[:1], timeout=HTTP_STOP_S_MAX)
     for task in tasks:
@@ -140,19 +126,11 @@ async def _until_over(tasks: list[asyncio.Task[object]]) -> None:
             return
 
 
-async def _open_text(state: ServerState, engine: EngineRouter, config: ServeConfig) -> None:
-    """Once an engine says which folder it serves: the tokenizer and the text engine, off the event loop."""
-    from jaxserve.text_engine import open_text_engine
-
-    await engine.wait_serving()
-    assert engine.folder is not None
-    state.text_engine = await asyncio.to_thread(
-        open_text_engine, engine, engine.folder, config.engine.model, config.frontend.chat_template,
-        config.engine.load.download_dir,
-    )
+async def _open_text(serving: Serving, config: ServeConfig) -> None:
+    await serving.open_text()
     scheme = "https" if config.frontend.ssl_certfile else "http"
     where = f"unix:{config.frontend.uds}" if config.frontend.uds else f"{scheme}://{config.frontend.host}:{config.frontend.port}"
-    logger.info("serving %s on %s", ", ".join(state.served_names), where)
+    logger.info("serving %s on %s", ", ".join(serving.state.served_names), where)
 
 
 def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
@@ -161,7 +139,7 @@ def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
     frontend = config.frontend
 
     class Server(uvicorn.Server):
-        """uvicorn without its own signal handlers: stopping drains first, see `_wind_down`."""
+        """uvicorn without its own signal handlers: stopping drains first, see `Serving.wind_down`."""
 
         def capture_signals(self):
             from contextlib import nullcontext
@@ -175,21 +153,6 @@ def _http_server(app: object, config: ServeConfig) -> uvicorn.Server:
             ssl_keyfile=frontend.ssl_keyfile, ssl_certfile=frontend.ssl_certfile, timeout_graceful_shutdown=5,
         )
     )
-
-
-async def _wind_down(config: ServeConfig, engine: EngineRouter, supervisors: Sequence[Supervisor]) -> None:
-    """Refuses new work, lets what runs finish within the bound, aborts the rest, and ends the engine processes."""
-    for one in engine.engines:
-        if one.status.phase != "dead":
-            one.status.phase, one.status.detail = "draining", "the server is shutting down"
-    if engine.live_count and config.frontend.shutdown_timeout > 0:
-        logger.info("finishing %d requests within %d s", engine.live_count, config.frontend.shutdown_timeout)
-        await asyncio.gather(*(one.wait_idle(config.frontend.shutdown_timeout) for one in engine.engines))
-    for one in engine.engines:
-        one.abort_all("the server is shutting down")
-    await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
-    if config.frontend.uds is not None and os.path.exists(config.frontend.uds):
-        os.unlink(config.frontend.uds)
 
 
 if __name__ == "__main__":

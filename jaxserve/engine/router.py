@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -20,40 +19,24 @@ import numpy as np
 from jaxserve.core.errors import EngineBusyError
 from jaxserve.core.request import EngineInfo, EngineRequest, EngineStats
 from jaxserve.engine.async_engine import AsyncEngine, EngineStatus, Sink
+from jaxserve.engine.familiar import PrefixMemory, familiar_first
 
-IMBALANCE_ROWS = 4      # a familiar engine may have this part of its rows more to do than the idlest, and at least
-IMBALANCE_MIN = 2       # this many sequences
 PHASES = ("ready", "serving", "draining", "compiling", "loading", "downloading", "starting", "dead")     # best first
 
 
-class _Memory:
-    """Page keys of the prompts that an engine got, the newest last; no more than it has pages."""
+class _Memory(PrefixMemory):
+    """Page keys of the prompts that an engine got; no more than it has pages."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        super().__init__()
         self._info: EngineInfo | None = None
 
     def of(self, info: EngineInfo) -> _Memory:
         """Forgets everything where the engine was started anew."""
         if info is not self._info:
             self._info = info
-            self._keys.clear()
+            self.clear()
         return self
-
-    def known(self, keys: Sequence[bytes]) -> int:
-        """How many leading keys are remembered."""
-        for count, key in enumerate(keys):
-            if key not in self._keys:
-                return count
-        return len(keys)
-
-    def note(self, keys: Sequence[bytes]) -> None:
-        assert self._info is not None
-        for key in keys:
-            self._keys[key] = None
-            self._keys.move_to_end(key)
-        while len(self._keys) > self._info.page_count:
-            self._keys.popitem(last=False)
 
 
 class EngineRouter:
@@ -123,7 +106,8 @@ class EngineRouter:
                 continue
             self._given[index] += 1
             if keys:
-                self._memories[index].of(self.engines[index].info).note(keys)
+                info = self.engines[index].info
+                self._memories[index].of(info).note(keys, info.page_count)
             return
 
     def abort(self, request_ids: Sequence[str]) -> None:
@@ -145,13 +129,10 @@ class EngineRouter:
         if not keys or len(order) == 1:
             return order
         known = {index: self._memories[index].of(self.engines[index].info).known(keys) for index in order}
-        familiar = max(order, key=lambda index: known[index])     # of equally familiar ones the idlest
-        ahead = self.engines[familiar].live_count - self.engines[order[0]].live_count
-        allowed = max(IMBALANCE_MIN, self.engines[familiar].info.row_count // IMBALANCE_ROWS)
-        if known[familiar] and ahead <= allowed:
-            order.remove(familiar)
-            order.insert(0, familiar)
-        return order
+        return familiar_first(
+            order, known, lambda index: self.engines[index].live_count,
+            lambda index: self.engines[index].info.row_count,
+        )
 
     def _keys(self, request: EngineRequest) -> list[bytes]:
         """A key for each full page of the prompt, which stands for everything before it, too."""

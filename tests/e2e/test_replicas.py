@@ -1,0 +1,184 @@
+"""Replicas by Ray Serve, real processes: the whole API through them, and a killed one fails only its own streams."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from openai import APIError, APIStatusError, AuthenticationError, NotFoundError, OpenAI
+
+from tests.conftest import free_port
+from tests.e2e.test_life import is_alive
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install .[ray]"),
+]
+SCRIPT = Path(__file__).with_name("replicas_app.py")
+ROOT = Path(__file__).parents[2]
+STREAMS = 64
+KEY = "sk-of-the-test"
+WAIT_S_MAX = 120.0
+
+
+class Replicas:
+    """An application that serves at `url`."""
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url, self._pid = url, pid
+        self.client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+        self.model = self.client.models.list().data[0].id
+
+    def pids(self) -> list[int]:
+        """Processes of Ray's that hold a replica of this application."""
+        return [pid for pid in _processes("ray::ServeReplica:jaxserve:replica") if _session(pid) == _session(self._pid)]
+
+    def metric(self, name: str) -> dict[str, float]:
+        """A metric's value by replica."""
+        page = requests.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        lines = [line for line in page if line.startswith(name + "{")]
+        return {line.split('replica="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    def wait(self, is_so: Any) -> None:
+        begin = time.monotonic()
+        while not is_so():
+            assert time.monotonic() - begin < WAIT_S_MAX
+            time.sleep(0.1)
+
+
+def _processes(title: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(entry.name))
+        except OSError:
+            continue    # it ended meanwhile
+    return found
+
+
+def _session(pid: int) -> bytes:
+    """The folder of the cluster that a process belongs to, by the name of this test's own folder."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(word for word in words if word.startswith(b"JAXSERVE_TEST_CLUSTER="))
+
+
+@contextmanager
+def application(folder: Path, port: int, **options: Any) -> Iterator[Replicas]:
+    """Runs until left; its cluster has a folder of its own. Unix sockets want a short path."""
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *(path for path in sys.path if path)]),
+        "JAXSERVE_TEST_CLUSTER": str(folder),
+    }
+    log = folder.parent / "application.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(port), str(folder), json.dumps(options)], text=True, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+        )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "serving", log.read_text()
+        replicas = Replicas(f"http://127.0.0.1:{port}", process.pid)
+        yield replicas
+        pids = replicas.pids()
+        process.communicate("", timeout=60)
+        assert process.returncode == 0
+        assert not any(is_alive(pid) for pid in pids), "nothing is left"
+    finally:
+        process.kill()
+
+
+def stream(replicas: Replicas, number: int, tokens: int) -> str:
+    """How a stream ended: `whole`, or what the client raised."""
+    try:
+        pieces = replicas.client.completions.create(
+            model=replicas.model, prompt=[number % 50 + 5, 6, 7], max_tokens=tokens, stream=True, temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        ended = [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1]
+        return "whole" if ended == "length" else f"cut: {ended}"
+    except APIStatusError as error:
+        return f"{error.status_code}"
+    except APIError as error:
+        return f"event {error.code}"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Ray's Unix sockets want a short path."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as name:
+        yield Path(name) / "ray"
+
+
+def test_many_streams_and_a_killed_replica(tiny_llama, compile_cache, folder):
+    options = {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 4, "kv-cache-memory-bytes": "16M"}
+    check_life(str(tiny_llama), compile_cache, folder, tokens=200, options=options)
+
+
+@pytest.mark.slow
+def test_many_streams_of_the_demo_model_and_a_killed_replica(demo_model, compile_cache, folder):
+    options = {"config": "smollm2-135m.yaml", "kv-cache-memory-bytes": "256M", "max-model-len": 2048}
+    check_life(str(demo_model), compile_cache, folder, tokens=100, options=options)
+
+
+def check_life(model: str, cache: Path, folder: Path, *, tokens: int, options: dict[str, Any]) -> None:
+    options |= {
+        "model": model, "min-replicas": 2, "enforce-eager": "true", "api-key": KEY, "compilation-cache-dir": str(cache),
+    }
+    with application(folder, free_port(), **options) as replicas:
+        check_api(replicas)
+        victim, other = replicas.pids()
+        ends: list[str] = []
+        threads = [
+            threading.Thread(target=lambda number=number: ends.append(stream(replicas, number, tokens)))
+            for number in range(STREAMS)
+        ]
+        for thread in threads:
+            thread.start()
+        replicas.wait(lambda: len(replicas.metric("vllm:num_requests_running")) == 2 and all(
+            replicas.metric("vllm:num_requests_running").values()
+        ))
+        os.kill(victim, signal.SIGKILL)
+        for thread in threads:
+            thread.join(WAIT_S_MAX)
+        counts = Counter(ends)
+        assert set(counts) <= {"whole", "503", "event 503"}, counts
+        assert counts["whole"] >= STREAMS // 2 - 4 and counts["event 503"] + counts["503"] > 0, counts
+        assert stream(replicas, 1, 4) == "whole", "the other one serves"
+        replicas.wait(lambda: len(replicas.pids()) == 2 and len(replicas.metric("vllm:num_requests_running")) == 2)
+        assert is_alive(other) and not is_alive(victim)
+        for number in range(8):
+            assert stream(replicas, number, 2) == "whole"
+        assert all(replicas.metric("vllm:generation_tokens_total").values()), "the one that came back takes its part"
+
+
+def check_api(replicas: Replicas) -> None:
+    """What any server of ours answers, through Ray's proxy."""
+    client, model = replicas.client, replicas.model
+    prompt = list(range(5, 40))
+    whole = client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0)
+    pieces = client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.choices[0].text
+    assert requests.get(f"{replicas.url}/health", timeout=10).status_code == 200
+    with pytest.raises(NotFoundError, match="does not exist"):
+        client.completions.create(model="another", prompt=prompt)
+    with pytest.raises(AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+    refused = requests.post(f"{replicas.url}/v1/completions", data=b"{", headers={"Authorization": f"Bearer {KEY}"},
+                            timeout=10)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == 400
