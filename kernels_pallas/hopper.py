@@ -24,6 +24,10 @@ GROUP_MAX = 64
 MULTIPROCESSORS = 132                # of an H100 SXM and an H200: one resident program each
 SCALE_BYTES = 4                      # of a slot and head at most
 SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the rest is for barriers and reductions
+PROGRAM_BYTES_MAX = 226 * 1024       # with all that a kernel holds beside its rings, barriers left out
+QUERY_ROWS = 128                     # that a program of paged_prefill holds in shared memory
+STAGES_MAX = 6
+CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +54,7 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
     """
     _, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
-    found = [*_environment_refusals()]
+    found = [*environment_refusals()]
     if H not in HEAD_DIMS:
         found.append(f"head dimension {H} is none of {', '.join(map(str, HEAD_DIMS))}")
     allowed = [size for size in PAGE_SIZES if size <= block_slots(H)]
@@ -73,7 +77,8 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
     return found
 
 
-def _environment_refusals() -> list[str]:
+def environment_refusals() -> list[str]:
+    """Why these kernels cannot run on this machine, whatever the arrays."""
     if jax.__version_info__ < JAX_VERSION_MIN:
         return [f"needs jax >= 0.11 (and so Python >= 3.12), this is {jax.__version__}"]
     kind = target_kind()
@@ -88,23 +93,75 @@ def target_kind() -> str:
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
-def blocks(op: str, head_dim: int, page_size: int, fixed_bytes: int = 0, is_quantized: bool = False) -> Blocks:
-    """Measured sizes for this device where there are some in `tuned`, else what fits.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """What decides which blocks fit into a program's shared memory.
 
-    Args:
-      fixed_bytes: shared memory that the kernel needs beside its blocks of keys and values.
+    Attributes:
       is_quantized: blocks hold codes and scales, and there is one more of each kind in 16 bits, where products read.
+      fixed_bytes: beside the rings, whatever the blocks.
+      group: query heads (times tokens) whose queries and weights lie beside the rings, padded; 0 where they do not.
     """
-    kind = f"{head_dim}x{page_size}" + ("-quantized" if is_quantized else "")
-    measured = _tuned(target_kind(), op).get(kind)
-    if measured is not None:
+
+    head_dim: int
+    page_size: int
+    is_quantized: bool = False
+    fixed_bytes: int = 0
+    group: int = 0
+
+    def stages(self, context: int) -> int:
+        """Blocks of that many slots that fit."""
+        block = 2 * context * self.head_dim
+        ring, fixed = 2 * block, self.fixed_bytes
+        if self.is_quantized:
+            ring, fixed = block + 2 * context * SCALE_BYTES, fixed + 2 * block
+        beside = self.group * (context + self.head_dim) * 2
+        return min(STAGES_MAX, min(SHARED_BYTES_MAX - fixed, PROGRAM_BYTES_MAX - fixed - beside) // ring)
+
+
+def decode_need(head_dim: int, page_size: int, *, is_quantized: bool, group: int) -> Need:
+    """Of paged_decode."""
+    return Need(head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, group=group)
+
+
+def prefill_need(head_dim: int, page_size: int, *, is_quantized: bool) -> Need:
+    """Of paged_prefill, which holds queries in shared memory."""
+    fixed = QUERY_ROWS * head_dim * 2
+    return Need(head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, fixed_bytes=fixed)
+
+
+def blocks(op: str, need: Need) -> Blocks:
+    """Measured sizes for this device where there are some in `tuned` and they fit, else what fits."""
+    measured = _tuned(target_kind(), op).get(tuned_key(need.head_dim, need.page_size, need.is_quantized))
+    if measured is not None and measured["stages"] <= need.stages(measured["context"]):
         return Blocks(**measured)
-    context = block_slots(head_dim)
-    pair_bytes = 2 * context * head_dim * 2
-    if is_quantized:
-        fixed_bytes += pair_bytes
-        pair_bytes = 2 * context * (head_dim + SCALE_BYTES)
-    return Blocks(context=context, stages=min(6, (SHARED_BYTES_MAX - fixed_bytes) // pair_bytes))
+    return fitting(need)
+
+
+def fitting(need: Need) -> Blocks:
+    """`blocks` where nobody measured."""
+    context = block_slots(need.head_dim)
+    return Blocks(context=context, stages=need.stages(context))
+
+
+def candidates(need: Need) -> tuple[Blocks, ...]:
+    """Every size that fits: what a tuner tries."""
+    return tuple(
+        Blocks(context=context, stages=stages)
+        for context in CONTEXTS[: 2 if need.is_quantized else None]     # widening larger ones spills registers
+        if context % need.page_size == 0
+        for stages in range(2, need.stages(context) + 1)
+    )
+
+
+def tuned_key(head_dim: int, page_size: int, is_quantized: bool) -> str:
+    """What measured sizes depend on, besides device and op."""
+    return f"{head_dim}x{page_size}" + ("-quantized" if is_quantized else "")
+
+
+def tuned_file(device_kind: str, op: str) -> str:
+    """Where measured sizes lie in the package."""
+    return f"tuned/{device_kind.lower().replace(' ', '-')}/{op}.json"
 
 
 def block_slots(head_dim: int) -> int:
@@ -114,7 +171,6 @@ def block_slots(head_dim: int) -> int:
 
 @functools.cache
 def _tuned(device_kind: str, op: str) -> dict[str, dict[str, int]]:
-    """'{head_dim}x{page_size}[-quantized]' -> sizes, from tuned/{device}/{op}.json; none where nobody measured."""
-    folder = device_kind.lower().replace(" ", "-")
-    file = importlib.resources.files("kernels_pallas") / "tuned" / folder / f"{op}.json"
+    """`tuned_key` -> sizes, from `tuned_file`; none where nobody measured. scripts/tune_kernels.py writes it."""
+    file = importlib.resources.files("kernels_pallas") / tuned_file(device_kind, op)
     return json.loads(file.read_text(encoding="utf-8"))["blocks"] if file.is_file() else {}

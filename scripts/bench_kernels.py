@@ -25,6 +25,7 @@ from kernels_pallas.paged_decode import cases as paged_decode_cases
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import cases as paged_prefill_cases
 from kernels_pallas.paged_prefill import paged_prefill
+from kernels_pallas.quantized import Pages, QuantizedPages, quantize
 from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
 from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
 from kernels_pallas.shapes import HeadShape
@@ -43,43 +44,45 @@ CASES: dict[str, tuple[Any, ...]] = {
 Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its options bound, and its arrays
 
 
-def call_of(op: str, case: Any, dtype: jnp.dtype, implementation: str | None = None) -> Call:
-    """What a case stands for, on random numbers."""
+def call_of(
+    op: str, case: Any, dtype: jnp.dtype, implementation: str | None = None, *, slots: int = SLOTS,
+    codes: str | None = None,
+) -> Call:
+    """What a case stands for, on random numbers; attention over pages of `slots`, as `codes` where that is given."""
     if op == "grouped_matmul":
         return _grouped(case, dtype, implementation)
     if op == "quantized_matmul":
         return _packed(case, dtype, implementation)
     if op == "kv_write":
         return _write(case, dtype, implementation)
+    attend = partial(_attend, shape=case.shape, dtype=dtype, implementation=implementation, slots=slots, codes=codes)
     if op == "paged_decode":
-        return _attend(paged_decode, case.shape, dtype, implementation, starts=[case.context - 1] * case.rows, count=1)
-    return _attend(paged_prefill, case.shape, dtype, implementation, starts=[case.before], count=case.chunk)
+        return attend(paged_decode, starts=[case.context - 1] * case.rows, count=1)
+    return attend(paged_prefill, starts=[case.before], count=case.chunk)
 
 
 def _attend(
-    op: Callable[..., jax.Array], shape: HeadShape, dtype: jnp.dtype, implementation: str | None,
-    *, starts: list[int], count: int,
+    op: Callable[..., jax.Array], *, shape: HeadShape, dtype: jnp.dtype, implementation: str | None, slots: int,
+    codes: str | None, starts: list[int], count: int,
 ) -> Call:
     """One step of equal rows: each has `count` new tokens after `starts` old ones. Pages lie apart in the pool."""
     rows = len(starts)
     row_A, start_A = np.arange(rows, dtype=np.int32), np.array(starts, np.int32)
     count_A = np.full(rows, count, np.int32)
     tokens = rows * count
-    pages = -(-(max(starts) + count) // SLOTS)
+    pages = -(-(max(starts) + count) // slots)
     page_RM = np.random.default_rng(0).permutation(rows * pages).astype(np.int32).reshape(rows, pages)
     planned = plan_work(
         row_A=row_A, start_A=start_A, count_A=count_A, decode_count=rows if count == 1 else 0,
         token_count_bucket=tokens, row_count=rows,
     )
     work = AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()})
-    pool = (rows * pages, shape.kv_head_count, SLOTS, shape.head_dim)
+    size = (rows * pages, shape.kv_head_count, slots, shape.head_dim)
     options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
     if shape.has_sinks:
         options["sink_N"] = jnp.zeros(shape.head_count, jnp.float32)
-    arrays = (
-        _random((tokens, shape.head_count, shape.head_dim), dtype), _random(pool, dtype), _random(pool, dtype),
-        jnp.asarray(page_RM), work,
-    )
+    pools = (_pool(size, dtype, codes, seed) for seed in (1, 2))
+    arrays = (_random((tokens, shape.head_count, shape.head_dim), dtype), *pools, jnp.asarray(page_RM), work)
     return partial(op, implementation=implementation, **options), arrays
 
 
@@ -121,8 +124,16 @@ def _packed(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
     return call, (_random((case.tokens, case.width), dtype), weight)
 
 
-def _random(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return jax.random.normal(jax.random.key(0), shape, dtype)
+def _pool(size: tuple[int, ...], dtype: jnp.dtype, codes: str | None, seed: int) -> Pages:
+    numbers = _random(size, dtype, seed)
+    if codes is None:
+        return numbers
+    code, scale = quantize(numbers.reshape(-1, *size[2:]), codes, jnp.float32)
+    return QuantizedPages(code.reshape(size), scale.reshape(size[:3]))
+
+
+def _random(shape: tuple[int, ...], dtype: jnp.dtype, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
 def milliseconds(call: Call, repeats: int) -> float:

@@ -60,7 +60,9 @@ def paged_decode(
     options = _Options(
         kv_heads=K, tokens=tokens, heads=N // K, padded_group=padded, head_dim=H,
         scale=scale, window=window, soft_cap=soft_cap,
-        blocks=blocks or hopper.blocks("paged_decode", H, S, is_quantized=isinstance(k_PKSH, QuantizedPages)),
+        blocks=blocks or hopper.blocks("paged_decode", hopper.decode_need(
+            H, S, is_quantized=isinstance(k_PKSH, QuantizedPages), group=padded
+        )),
     )
     with jax.named_scope("paged_decode"):
         q_WKGH = jnp.pad(gather(q_TNH, work, K, tokens), ((0, 0), (0, 0), (0, padded - group), (0, 0)))

@@ -31,7 +31,7 @@ from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import SPAN_TOKENS, TILE_TOKENS, AttentionWork
 
 HALF = 64                # (token, head) rows of one computing warpgroup: the rows of a wgmma
-ROWS = 2 * HALF          # of a part
+ROWS = hopper.QUERY_ROWS     # of a part: two halves
 STORED_COLUMNS = 64      # of the output at once: the sum holds half of the registers at heads of 256
 LOADER_REGISTERS, MATH_REGISTERS = 24, 240   # of a thread; 24 + 2 * 240 is what three warpgroups have together
 LOAD = 2                 # the warpgroup that copies; 0 and 1 compute
@@ -56,9 +56,9 @@ def paged_prefill(
     _, K, S, _ = k_PKSH.shape
     options = _Options(
         kv_heads=K, group=N // K, head_dim=H, scale=scale, window=window, soft_cap=soft_cap,
-        blocks=blocks or hopper.blocks(
-            "paged_prefill", H, S, fixed_bytes=ROWS * H * 2, is_quantized=isinstance(k_PKSH, QuantizedPages)
-        ),
+        blocks=blocks or hopper.blocks("paged_prefill", hopper.prefill_need(
+            H, S, is_quantized=isinstance(k_PKSH, QuantizedPages)
+        )),
     )
     tiles = _tiles(work, options)
     with jax.named_scope("paged_prefill"):

@@ -80,11 +80,16 @@ def test_codes_are_refused_where_a_kernel_cannot_take_them() -> None:
 
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
-@pytest.mark.parametrize(("op", "rows"), [("paged_decode", 0), ("paged_prefill", 128)])
-def test_blocks_fit_into_shared_memory(op: str, rows: int, head_dim: int, is_quantized: bool) -> None:
-    fixed = rows * head_dim * 2
-    blocks = hopper.blocks(op, head_dim, 16, fixed_bytes=fixed, is_quantized=is_quantized)
+@pytest.mark.parametrize("group", [0, 8, 64])
+def test_blocks_fit_into_shared_memory(group: int, head_dim: int, is_quantized: bool) -> None:
+    """Of prefill (no group beside the rings) and of decode."""
+    need = hopper.prefill_need(head_dim, 16, is_quantized=is_quantized)
+    if group:
+        need = hopper.decode_need(head_dim, 16, is_quantized=is_quantized, group=group)
+    blocks = hopper.blocks("paged_decode" if group else "paged_prefill", need)
     assert blocks.stages >= 2 and blocks.context % 64 == 0
     pair = 2 * blocks.context * head_dim
     ring = blocks.stages * (pair + 8 * blocks.context) + 2 * pair if is_quantized else blocks.stages * 2 * pair
-    assert fixed + ring <= hopper.SHARED_BYTES_MAX < 227 * 1024
+    queries = (group or 128) * head_dim * 2
+    assert ring + queries + group * blocks.context * 2 <= 226 * 1024 < 227 * 1024
+    assert ring + (0 if group else queries) <= hopper.SHARED_BYTES_MAX
