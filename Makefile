@@ -10,7 +10,7 @@ DEMO := $(CACHE)/models/SmolLM2-135M-Instruct
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-model serve test test-all smoke smoke-other check kernels-check bench docs lock clean
+.PHONY: help install demo demo-model serve test test-all smoke smoke-other check kernels-check kernels-gpu bench docs lock clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ kernels-check: $(KERNELS)/.installed  ## compile the GPU kernels for an H200 wit
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_kernels.py $(ARGS)
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_portable.py $(filter --write,$(ARGS))
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_steps.py $(filter --write,$(ARGS))
+
+kernels-gpu:  ## on a GPU, with PYTHON's packages as they are: results, speed and whole steps; kernels-gpu.{json,md}
+	PYTHONPATH=. $(PYTHON) scripts/kernels_gpu.py $(ARGS)
 
 bench: install demo-model  ## host and device time of a step on the demo model, and of the kernels alone
 	$(BIN)/python scripts/bench_step.py --model "$(DEMO)" $(ARGS)

@@ -101,6 +101,7 @@ class Need:
       is_quantized: blocks hold codes and scales, and there is one more of each kind in 16 bits, where products read.
       fixed_bytes: beside the rings, whatever the blocks.
       group: query heads (times tokens) whose queries and weights lie beside the rings, padded; 0 where they do not.
+      contexts: that compile: widening codes of larger blocks spills registers.
     """
 
     head_dim: int
@@ -108,6 +109,7 @@ class Need:
     is_quantized: bool = False
     fixed_bytes: int = 0
     group: int = 0
+    contexts: tuple[int, ...] = CONTEXTS
 
     def stages(self, context: int) -> int:
         """Blocks of that many slots that fit."""
@@ -121,13 +123,19 @@ class Need:
 
 def decode_need(head_dim: int, page_size: int, *, is_quantized: bool, group: int) -> Need:
     """Of paged_decode."""
-    return Need(head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, group=group)
+    contexts = CONTEXTS[:2] if is_quantized else CONTEXTS
+    return Need(
+        head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, group=group, contexts=contexts
+    )
 
 
 def prefill_need(head_dim: int, page_size: int, *, is_quantized: bool) -> Need:
     """Of paged_prefill, which holds queries in shared memory."""
     fixed = QUERY_ROWS * head_dim * 2
-    return Need(head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, fixed_bytes=fixed)
+    contexts = CONTEXTS[1:2] if is_quantized else CONTEXTS    # two warpgroups widen halves of whole tiles of 64
+    return Need(
+        head_dim=head_dim, page_size=page_size, is_quantized=is_quantized, fixed_bytes=fixed, contexts=contexts
+    )
 
 
 def blocks(op: str, need: Need) -> Blocks:
@@ -148,8 +156,7 @@ def candidates(need: Need) -> tuple[Blocks, ...]:
     """Every size that fits: what a tuner tries."""
     return tuple(
         Blocks(context=context, stages=stages)
-        for context in CONTEXTS[: 2 if need.is_quantized else None]     # widening larger ones spills registers
-        if context % need.page_size == 0
+        for context in need.contexts if context % need.page_size == 0
         for stages in range(2, need.stages(context) + 1)
     )
 

@@ -29,6 +29,7 @@ from step_profile import profiled
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import (
+    AttentionBackend,
     CacheConfig,
     CompilationConfig,
     EngineConfig,
@@ -96,7 +97,10 @@ def main() -> None:
     stats = runner.stats
     report["compiled_after_ready"] = stats.compiled_after_ready_count
     runner.close()
-    print(json.dumps(report, indent=1) if options.json else _table(report))
+    if options.json_line:
+        print(json.dumps(report))
+    else:
+        print(json.dumps(report, indent=1) if options.json else _table(report))
 
 
 def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, float]]:
@@ -109,7 +113,9 @@ def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, floa
         load=LoadConfig(load_format=options.load_format),
         scheduler=SchedulerConfig(max_num_seqs=rows_max, max_num_batched_tokens=options.tokens_max),
         cache=CacheConfig(kv_cache_memory_bytes=options.kv_cache_memory_bytes),
-        compilation=CompilationConfig(compilation_cache_dir=options.compilation_cache_dir),
+        compilation=CompilationConfig(
+            compilation_cache_dir=options.compilation_cache_dir, attention_backend=options.attention_backend
+        ),
     )
     weights = weight_plan(config, spec, folder, mesh)
     began = time.perf_counter()
@@ -279,6 +285,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quantization", choices=get_args(Quantization), default=None)
+    parser.add_argument("--attention-backend", choices=get_args(AttentionBackend), default="auto")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=128, help="prompt tokens of each sequence")
     parser.add_argument("--steps", type=int, default=30)
@@ -289,6 +296,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--compilation-cache-dir", default=None)
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace steps, named as in the source")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json-line", action="store_true", help="the same in one line, for programs")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args()
 

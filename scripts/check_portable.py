@@ -134,7 +134,7 @@ def rows() -> Iterator[str]:
         found |= attention(paged_prefill, shape, codes, PREFILL_TOKENS)
         if codes is None:
             found |= write(shape)
-        for kernel, figures in found.items():
+        for kernel, figures in sorted(found.items()):
             yield f"| {kernel} | {check_kernels.described(shape, codes)} | {' | '.join(figures)} |"
 
 

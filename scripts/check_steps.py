@@ -28,6 +28,7 @@ from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.registry import spec_from_config
 from kernels_pallas.work import AttentionWork, work_layout
 from scripts import check_kernels
+from scripts.published_models import MODELS
 
 BEGIN, END = "<!-- steps compiled for an H200: begin -->", "<!-- steps compiled for an H200: end -->"
 HEADER = (
@@ -38,24 +39,6 @@ HEADER = (
 ROWS, LENGTH_MAX, PAGE_SLOTS, PAGES = 64, 8192, 16, 8192
 STEPS = {"decode": 64, "prefill": 2048}
 KERNELS = ("paged_decode_attend", "paged_decode_combine", "paged_prefill_attend")
-
-# What decides shapes, of the models' published config.json.
-_LLAMA_3_1_8B = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
-    "rope_scaling": {
-        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
-_QWEN_2_5_3B = {
-    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu", "tie_word_embeddings": True,
-    "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 36,
-}
-MODELS = {"Qwen2.5-3B": _QWEN_2_5_3B, "Llama-3.1-8B": _LLAMA_3_1_8B}
 
 
 def row(model_name: str, step: str) -> str:

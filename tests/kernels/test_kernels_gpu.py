@@ -1,0 +1,84 @@
+"""`make kernels-gpu` without a GPU: parts on tiny shapes, one that fails, the tables; no server package is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts import gpu_parts, kernels_gpu
+from scripts.device_timing import in_process
+from scripts.kernels_gpu import Part
+
+ROOT = Path(__file__).parents[2]
+TINY = {"shape": "smollm2-135m", "changes": {"head_count": 4, "kv_head_count": 2, "head_dim": 16}}
+CASES = {"paged_decode": TINY | {"rows": 3, "context": 33}, "paged_prefill": TINY | {"chunk": 20, "before": 17}}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("op", "implementation", "codes"), [
+    ("paged_decode", "xla", None), ("paged_decode", "triton", "int8"), ("paged_prefill", "triton", None),
+])
+def test_parts_run_interpreted(op: str, implementation: str, codes: str | None) -> None:
+    given: dict[str, Any] = {"op": op, "implementation": implementation, "case": CASES[op], "codes": codes}
+    result = gpu_parts.numerics(**given)
+    assert result["finite"] and result["error"] < 0.02
+    speed = gpu_parts.speed(**given)
+    assert speed["ms"] > 0 and speed["gb_s"] > 0 and speed["tflop_s"] > 0
+
+
+def test_batch_invariance_is_told_of_xla() -> None:
+    assert gpu_parts.invariance(implementation="xla", case=CASES["paged_decode"])["same_bits"]
+
+
+def test_a_part_that_fails_or_hangs_is_a_result() -> None:
+    def run(code: str, timeout_s: float = 20) -> dict[str, Any]:
+        return in_process(["-c", code], timeout_s=timeout_s, environment=os.environ)
+
+    assert run('print("noise"); print(\'{"ms": 1.0}\')') == {"ms": 1.0}
+    assert run("import time; time.sleep(60)", 0.5) == {"error": "took longer than 0 s"}
+    assert "boom" in run('raise RuntimeError("boom")')["error"]
+    assert "printed no result" in run("pass")["error"]
+
+
+def test_tables_hold_shares_of_the_same_run_and_what_was_not_run() -> None:
+    def part(kind: str, name: str) -> Part:
+        return Part(kind=kind, name=name, given={})
+
+    rate = {"of_read": 0.5, "of_dot": 0.1}
+    step = {
+        "host_ms": {"16": {"step": {"median": 2.0}, "host": {"median": 0.25}, "rate": rate}},
+        "device_ms": {"512": {"median": 9.0} | rate},
+    }
+    table = kernels_gpu.report([
+        (part("ceilings", "ceilings"), {"device": "NVIDIA H200", "copy_gb_s": 4000.0, "matmul_tflop_s": 700.0}),
+        (part("numerics", "n"), {"error": 0.001, "finite": True}),
+        (part("speed", "s"), {"ms": 0.5, "gb_s": 3600.0, "tflop_s": 70.0}),
+        (part("speed", "t"), {"error": "Traceback\nRuntimeError: no | such"}),
+        (part("step", "m"), step),
+    ])
+    assert "device NVIDIA H200; copy_gb_s 4000" in table
+    assert "| n | 0.001 | True |" in table
+    assert "| s | 0.5 | 3600 | 90% | 70 | 10% |" in table
+    assert "| t | not run: RuntimeError: no / such |" in table
+    assert "| m | 16 rows | 2 | 0.25 | 50% | 10% |" in table and "| m | 512 tokens | 9 |" in table
+
+
+def test_the_list_needs_neither_server_nor_gpu(tmp_path: Path) -> None:
+    code = "import sys, scripts.kernels_gpu as k, scripts.gpu_parts; print(len(list(k.parts())), sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=True,
+    )
+    for absent in ("fastapi", "pytest", "uvicorn", "transformers", "jaxserve.server", "jaxserve.engine"):
+        assert f"'{absent}'" not in done.stdout
+    assert len({(part.kind, part.name) for part in kernels_gpu.parts()}) == int(done.stdout.split()[0]) > 100
+    step = next(part for part in kernels_gpu.parts() if part.kind == "step" and not part.given["has_buffers"])
+    words, own = kernels_gpu.command(step, tmp_path)
+    assert kernels_gpu.NO_COMMAND_BUFFERS in own["XLA_FLAGS"] and "--attention-backend" in words
+    assert json.loads((tmp_path / step.given["model"] / "config.json").read_text())["architectures"]
