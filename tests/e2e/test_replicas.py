@@ -85,22 +85,21 @@ def application(folder: Path, port: int, **options: Any) -> Iterator[Replicas]:
         "JAXSERVE_TEST_CLUSTER": str(folder),
     }
     log = folder.parent / "application.log"
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(port), str(folder), json.dumps(options)], text=True, env=environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-        )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "serving", log.read_text()
-        replicas = Replicas(f"http://127.0.0.1:{port}", process.pid)
-        yield replicas
-        pids = replicas.pids()
-        process.communicate("", timeout=60)
-        assert process.returncode == 0
-        assert not any(is_alive(pid) for pid in pids), "nothing is left"
-    finally:
-        process.kill()
+    command = [sys.executable, str(SCRIPT), str(port), str(folder), json.dumps(options)]
+    with log.open("w") as errors, subprocess.Popen(
+        command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "serving", log.read_text()
+            replicas = Replicas(f"http://127.0.0.1:{port}", process.pid)
+            yield replicas
+            pids = replicas.pids()
+            process.communicate("", timeout=60)
+            assert process.returncode == 0
+            assert not any(is_alive(pid) for pid in pids), "nothing is left"
+        finally:
+            process.kill()
 
 
 def stream(replicas: Replicas, number: int, tokens: int) -> str:
