@@ -14,6 +14,9 @@ import numpy as np
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
+# The values of e2m1 by their bits: OCP Microscaling Formats 1.0, 5.3.3.
+FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
 # Rows as they come; rounded by their own largest value, or that of each group of inputs; by one stored scale.
 Activations = Literal["none", "token", "group", "static"]
 
@@ -23,18 +26,18 @@ class Form:
     """How a packed matrix is kept on devices; everything that a program's shapes depend on.
 
     Attributes:
-      code: "int4", "int8", "lut4", "fp8" as `kernels_pallas.quantized_matmul` reads them; "w8a8": int8 on both sides.
+      code: as `kernels_pallas.quantized_matmul` reads it; "w8a8": int8 on both sides.
       group: inputs that share a scale; None: all of them.
-      scale: dtype of the scales, float16 or float32.
+      scale: dtype of the scales; of 8 bits beside "fp4" only.
       extra: beside the scales "zero", "offset", "table" (one an output), "shared table", or "none".
       has_order: inputs are sorted by group first (act-order).
       sparse_count: values that are added at single places.
       activations: how rows are rounded before the product.
     """
 
-    code: Literal["int4", "int8", "lut4", "fp8", "w8a8"]
+    code: Literal["int4", "int8", "lut4", "fp4", "fp8", "w8a8"]
     group: int | None = None
-    scale: Literal["float16", "float32"] = "float32"
+    scale: Literal["float16", "float32", "float8_e8m0fnu"] = "float32"
     extra: Literal["zero", "offset", "table", "shared table", "none"] = "none"
     has_order: bool = False
     sparse_count: int = 0
@@ -145,7 +148,26 @@ class FloatCodes:
         return self.bits_OI.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * self.scale_by_group(1)
 
 
-Codes = GroupCodes | TableCodes | IntCodes | FloatCodes
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShortFloatCodes:
+    """Four-bit floats (e2m1) in groups along the inputs: W = scale · value.
+
+    Attributes:
+      code_OI: uint8 below 16, the stored bits.
+      scale_OG: float8_e8m0fnu.
+    """
+
+    code_OI: Host
+    scale_OG: Host
+
+    def dequantised(self) -> Host:
+        """The matrix, float32 [O, I]."""
+        group_I = _groups(None, self.code_OI.shape[1], self.scale_OG.shape[1])
+        return FLOAT4[self.code_OI] * self.scale_OG.astype(np.float32)[:, group_I]
+
+
+Codes = GroupCodes | TableCodes | IntCodes | FloatCodes | ShortFloatCodes
+Packable = GroupCodes | TableCodes | FloatCodes | ShortFloatCodes     # what a `PackedTensor` is made of
 
 
 def _groups(group_I: Host | None, ins: int, groups: int) -> Host:

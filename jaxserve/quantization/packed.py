@@ -20,12 +20,21 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.quantization.codes import Activations, FloatCodes, Form, GroupCodes, Host, TableCodes
+from jaxserve.quantization.codes import (
+    Activations,
+    FloatCodes,
+    Form,
+    GroupCodes,
+    Host,
+    Packable,
+    ShortFloatCodes,
+    TableCodes,
+)
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding import collectives
 from jaxserve.sharding.split import Run, Runs
 from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
-from kernels_pallas.quantized_matmul.weights import BLOCK, GROUP_MIN, TABLE, dequantised
+from kernels_pallas.quantized_matmul.weights import BLOCKS, GROUP_MIN, TABLE, dequantised
 
 FP8_MAX = np.float32(448.0)
 TINY = np.float32(1e-30)
@@ -113,8 +122,8 @@ def group_size(form: Form, columns: Runs) -> int:
     ins = sum(run.count for run in columns)
     sizes = [form.group or 0] + ([] if _is_whole(columns) else [part for run in columns for part in _edges(run)])
     size = math.gcd(*sizes) or ins
-    step = BLOCK if form.code in ("int4", "lut4") else GROUP_MIN
-    return size if size % step == 0 or (size == ins and form.code not in ("int4", "lut4")) else 0
+    step = BLOCKS.get(form.code, GROUP_MIN)
+    return size if size % step == 0 or (size == ins and form.code not in BLOCKS) else 0
 
 
 def fits(form: Form, columns: Runs, *, is_stack: bool = False) -> bool:
@@ -160,7 +169,7 @@ def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs) -> PackedTen
         "none": dict,
     }[form.extra]()
     assert form.code != "w8a8"
-    bytes_ = ins // 2 if form.code in ("int4", "lut4") else ins
+    bytes_ = ins // 2 if form.code in BLOCKS else ins
     weight = PackedWeight(
         code=form.code, code_OC=array((*outs, bytes_), jnp.uint8, axes), scale_OG=by_group(form.scale), **extra
     )
@@ -177,7 +186,7 @@ def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs) -> PackedTen
 
 
 def make(
-    like: PackedTensor, codes: GroupCodes | TableCodes | FloatCodes, layout: tuple[Runs, ...], cut: Cut,
+    like: PackedTensor, codes: Packable, layout: tuple[Runs, ...], cut: Cut,
     empty: Callable[..., Host],
 ) -> PackedTensor:
     """The tensor on its devices.
@@ -200,7 +209,7 @@ def make(
     if order_I is not None:
         code_OI = code_OI[:, order_I]
     of_codes = cut(code_OI.reshape(*stack, -1), layout)
-    packed = _halves(of_codes, empty) if weight.is_half else of_codes
+    packed = _halves(of_codes, empty, BLOCKS[weight.code]) if weight.is_half else of_codes
     code_OC = jax.make_array_from_callback(weight.code_OC.shape, weight.code_OC.sharding, packed).block_until_ready()
     found: dict[str, Array] = {}
     for name, whole in _beside(codes, size).items():
@@ -237,7 +246,7 @@ def _in_groups(run: Run, size: int) -> Run:
     return Run(None if run.start is None else run.start // size, run.count // size)
 
 
-def _codes(codes: GroupCodes | TableCodes | FloatCodes) -> tuple[Host, Host | None]:
+def _codes(codes: Packable) -> tuple[Host, Host | None]:
     """Codes [O, I], and the order in which inputs of one group follow each other."""
     if isinstance(codes, FloatCodes):
         return codes.bits_OI, None
@@ -246,7 +255,7 @@ def _codes(codes: GroupCodes | TableCodes | FloatCodes) -> tuple[Host, Host | No
     return codes.code_OI, None
 
 
-def _beside(codes: GroupCodes | TableCodes | FloatCodes, size: int) -> dict[str, Host]:
+def _beside(codes: Packable, size: int) -> dict[str, Host]:
     """Scales and what is beside them, whole, in groups of `size` inputs."""
     if isinstance(codes, FloatCodes):
         return {"scale_OG": codes.scale_by_group(size)}
@@ -261,22 +270,24 @@ def _beside(codes: GroupCodes | TableCodes | FloatCodes, size: int) -> dict[str,
         table_ET[:, :values] = codes.table_ET
         scale_OG = np.broadcast_to(codes.scale_OG, (len(codes.code_OI), codes.scale_OG.shape[1]))
         return {"scale_OG": finer(scale_OG), "table_ET": table_ET}
+    if isinstance(codes, ShortFloatCodes):
+        return {"scale_OG": finer(codes.scale_OG)}
     if codes.zero_OG is not None:
         return {"scale_OG": finer(codes.scale_OG), "zero_OG": finer(codes.zero_OG)}
     assert codes.offset_OG is not None
     return {"scale_OG": finer(codes.scale_OG), "offset_OG": finer(codes.offset_OG)}
 
 
-def _halves(slices: Callable[[tuple[slice, ...]], Host], empty: Callable[..., Host]) -> Any:
+def _halves(slices: Callable[[tuple[slice, ...]], Host], empty: Callable[..., Host], size: int) -> Any:
     """Two codes a byte, as `kernels_pallas.quantized_matmul.weights` lays them."""
     def read(index: tuple[slice, ...]) -> Host:
         *rows, bytes_ = index
         start, stop = bytes_.start or 0, bytes_.stop
         code_OI = slices((*rows, slice(2 * start, None if stop is None else 2 * stop)))
         *outs, ins = code_OI.shape
-        block = code_OI.reshape(*outs, ins // BLOCK, 2, BLOCK // 2)
+        block = code_OI.reshape(*outs, ins // size, 2, size // 2)
         out = empty((*outs, ins // 2), np.dtype(np.uint8))
-        into = out.reshape(*outs, ins // BLOCK, BLOCK // 2)
+        into = out.reshape(*outs, ins // size, size // 2)
         np.left_shift(block[..., 1, :], 4, out=into)
         into |= block[..., 0, :]
         return out

@@ -33,7 +33,6 @@ from jaxserve.quantization.packing import Packing, is_packed
 from jaxserve.sharding.split import Runs
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.folder import LoadFormat, read_folder
-from jaxserve.weights.mxfp4 import with_decoded
 from jaxserve.weights.packed import plan, stacked_codes, with_packed
 from jaxserve.weights.rules import Assembly, match
 from jaxserve.weights.shards import HostArray, Index, layouts, read_shard
@@ -50,7 +49,7 @@ def open_checkpoint(
     spec: ModelSpec, folder: Path, load_format: LoadFormat = "auto", scheme: Scheme | None = None
 ) -> list[Assembly]:
     """Where each parameter of the model comes from; reads names and shapes only."""
-    stored = with_packed(with_decoded(read_folder(folder, load_format)), scheme)
+    stored = with_packed(read_folder(folder, load_format), scheme)
     return match(abstract_params(spec, np.float32), family(spec.family).weights(spec), stored)
 
 

@@ -9,7 +9,7 @@ Knows no format: `quantization.formats` does. Invariant: every tensor of a packe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,11 +20,20 @@ from jaxserve.core.errors import WeightsError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.models.decoder import abstract_params
 from jaxserve.quantization import online, packed
-from jaxserve.quantization.codes import Codes, FloatCodes, Form, GroupCodes, Host, IntCodes, TableCodes
-from jaxserve.quantization.formats.scheme import Scheme
+from jaxserve.quantization.codes import (
+    Codes,
+    FloatCodes,
+    Form,
+    GroupCodes,
+    Host,
+    IntCodes,
+    ShortFloatCodes,
+    TableCodes,
+)
+from jaxserve.quantization.formats.scheme import Scheme, Stored
 from jaxserve.quantization.packing import Packed, Packing, path_of
 from jaxserve.weights.files import StoredTensor
-from jaxserve.weights.rules import Assembly
+from jaxserve.weights.rules import Assembly, Block
 from jaxserve.weights.shards import layouts
 
 KV_SCALES = (".k_scale", ".v_scale")     # of a cache in 8 bits, which here brings scales of its own
@@ -36,7 +45,7 @@ class PackedMatrix:
     dtype = np.dtype(np.float32)
     ndim = 2
 
-    def __init__(self, scheme: Scheme, module: str, stored: Mapping[str, Host]) -> None:
+    def __init__(self, scheme: Scheme, module: str, stored: Stored) -> None:
         self._scheme, self._module, self._stored = scheme, module, stored
         self.shape = scheme.shape(module, stored)
         self.form = scheme.form(module, stored)
@@ -56,11 +65,47 @@ class PackedMatrix:
         return self.codes().dequantised().T
 
 
+class StackedMatrix(PackedMatrix):
+    """A matrix out of a stack, whose tensors all have its outputs first: rows of it are a matrix of their own."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            rows = {suffix: data[index] for suffix, data in self._stored.items()}
+            return StackedMatrix(self._scheme, self._module, rows)
+        return super().__getitem__(index)
+
+
+class PackedStack:
+    """Looks like a float32 array [E, I, O], of which `[e].T` is a packed matrix."""
+
+    dtype = np.dtype(np.float32)
+    ndim = 3
+
+    def __init__(self, scheme: Scheme, module: str, stored: Stored) -> None:
+        self._scheme, self._module, self._stored = scheme, module, stored
+        counts = {len(data) for data in stored.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise WeightsError(f"{module}: its tensors are stacks of {sorted(counts)} matrices")
+        outs, ins = self[0].T.shape
+        self.shape = (counts.pop(), ins, outs)
+
+    def __getitem__(self, index: int) -> _Turned:
+        of_one = {suffix: data[index] for suffix, data in self._stored.items()}
+        return _Turned(T=StackedMatrix(self._scheme, self._module, of_one))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Turned:
+    """A matrix [I, O] that is stored as [O, I]."""
+
+    T: StackedMatrix
+
+
 def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> dict[str, StoredTensor]:
     """The tensors with every packed module's replaced by the matrix that they are."""
     if scheme is None:
         return dict(stored)
-    ends = ["." + mark for mark in scheme.marks]
+    ends = [scheme.joint + mark for mark in scheme.marks]
     names = dict.fromkeys(name.removesuffix(end) for name in stored for end in ends if name.endswith(end))
     if not names and scheme.needs_packed:
         raise WeightsError(
@@ -70,11 +115,13 @@ def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> di
     found = {name: tensor for name, tensor in stored.items() if not name.endswith(KV_SCALES)}
     for module in names:
         parts = {
-            suffix: found.pop(f"{module}.{suffix}") for suffix in scheme.suffixes if f"{module}.{suffix}" in found
+            suffix: found.pop(name) for suffix in scheme.suffixes
+            if (name := f"{module}{scheme.joint}{suffix}") in found
         }
-        data = PackedMatrix(scheme, module, {suffix: part.data for suffix, part in parts.items()})
-        file = next(iter(parts.values())).file
-        found[f"{module}.weight"] = StoredTensor(name=f"{module}.weight", file=file, data=data)     # type: ignore[arg-type]
+        stored_parts = {suffix: part.data for suffix, part in parts.items()}
+        data: Any = (PackedStack if scheme.is_of_stacks else PackedMatrix)(scheme, module, stored_parts)
+        name = module if scheme.is_of_stacks else f"{module}.weight"
+        found[name] = StoredTensor(name=name, file=next(iter(parts.values())).file, data=data)
     return found
 
 
@@ -103,7 +150,8 @@ def plan_online(spec: ModelSpec, method: online.Method, mesh: Mesh) -> Packing:
 def decoded_count(assemblies: list[Assembly], packing: Packing) -> int:
     """How many parameters are packed in the checkpoint, but not on the devices."""
     return sum(
-        any(isinstance(block.tensor.data, PackedMatrix) for block in assembly.blocks) and assembly.path not in packing
+        any(isinstance(block.tensor.data, PackedMatrix | PackedStack) for block in assembly.blocks)
+        and assembly.path not in packing
         for assembly in assemblies
     )
 
@@ -113,8 +161,8 @@ def _common_form(assembly: Assembly) -> Form | None:
     first: PackedMatrix | None = None
     sparse_count = 0
     for block in assembly.blocks:
-        data = block.tensor.data
-        if not isinstance(data, PackedMatrix) or block.view is not None or block.shape[-2:] != data.shape:
+        data = _matrix(block)
+        if data is None:
             return None
         if first is not None and replace(data.form, sparse_count=0) != replace(first.form, sparse_count=0):
             return None
@@ -126,6 +174,16 @@ def _common_form(assembly: Assembly) -> Form | None:
     return replace(first.form, sparse_count=sparse_count)
 
 
+def _matrix(block: Block) -> PackedMatrix | None:
+    """The packed matrix that a block is as it is."""
+    data: Any = block.tensor.data
+    if isinstance(data, PackedStack) and block.view is not None:
+        data = block.view(data)     # type: ignore[arg-type]
+    elif block.view is not None:
+        return None
+    return data if isinstance(data, PackedMatrix) and block.shape[-2:] == data.shape else None
+
+
 def _order(data: PackedMatrix) -> Host:
     codes = data.codes()
     assert isinstance(codes, GroupCodes) and codes.group_I is not None
@@ -134,9 +192,10 @@ def _order(data: PackedMatrix) -> Host:
 
 def stacked_codes(assembly: Assembly) -> Codes | None:
     """The codes of a packed parameter whose blocks have a common form, one block under the other."""
-    if not isinstance(assembly.blocks[0].tensor.data, PackedMatrix):
+    matrices = [_matrix(block) for block in assembly.blocks]
+    if matrices[0] is None:
         return None
-    blocks = [block.tensor.data.codes() for block in assembly.blocks]     # type: ignore[attr-defined]
+    blocks = [matrix.codes() for matrix in matrices if matrix is not None]
     if len(blocks) == 1:
         return blocks[0]
     return _STACK[type(blocks[0])](blocks)
@@ -190,6 +249,10 @@ def _stack_floats(blocks: list[FloatCodes]) -> FloatCodes:
     )
 
 
+def _stack_short_floats(blocks: list[ShortFloatCodes]) -> ShortFloatCodes:
+    return ShortFloatCodes(code_OI=_rows(blocks, "code_OI"), scale_OG=_rows(blocks, "scale_OG"))
+
+
 def _input_scale(blocks: list[Any]) -> float | None:
     """One for all: joined matrices see the same rows, and the largest loses none of them."""
     scales = [block.input_scale for block in blocks if block.input_scale is not None]
@@ -202,4 +265,5 @@ def _rows(blocks: list[Any], name: str) -> Host:
 
 _STACK: dict[type, Any] = {
     GroupCodes: _stack_groups, TableCodes: _stack_tables, IntCodes: _stack_integers, FloatCodes: _stack_floats,
+    ShortFloatCodes: _stack_short_floats,
 }

@@ -63,4 +63,6 @@ def _triton_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
     found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
     if x_TI.dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"rows must be bfloat16 or float16 (tensor cores), got {x_TI.dtype}")
+    if weight.code == "fp4":
+        found.append("fp4 is not built")
     return found

@@ -2,10 +2,12 @@
 
     "int4", "int8"   W[o, i] = scale[o, g] · (code[o, i] − zero[o, g])    or  scale[o, g] · code[o, i] + offset[o, g]
     "lut4"           W[o, i] = scale[o, g] · table[o, code[o, i]]               one table a row, or one for all rows
+    "fp4"            W[o, i] = scale[o, g] · float4_e2m1(code[o, i])
     "fp8"            W[o, i] = scale[o, g] · float8_e4m3fn(code[o, i])          g = i // (I / G), everything in float32
 
 Codes lie along the inputs, one a byte. Of 4 bits, a block of 32 inputs takes 16 bytes: byte j holds code j in its low
-half and code j + 16 in its high half, so that a register unpacks in two operations and the order stays.
+half and code j + 16 in its high half, so that a register unpacks in two operations and the order stays. "fp4" has
+blocks of 16 inputs, since its groups may be as short, and scales of 8 bits: powers of two (e8m0), or e4m3.
 Invariant: unpacking is elementwise, so any rows, and any whole groups of columns, are a packed weight of their own.
 """
 
@@ -19,12 +21,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-Code = Literal["int4", "int8", "lut4", "fp8"]
+Code = Literal["int4", "int8", "lut4", "fp4", "fp8"]
 
-BLOCK = 32          # inputs that share 16 bytes of 4-bit codes
+BLOCK = 32          # inputs whose 4-bit codes share bytes
+BLOCKS: dict[str, int] = {"int4": BLOCK, "lut4": BLOCK, "fp4": 16}
 GROUP_MIN = 16      # inputs of a group at least
 TABLE = 16          # values of a table
 SCALES = (jnp.float16, jnp.float32)
+SHORT_SCALES = (jnp.float8_e8m0fnu, jnp.float8_e4m3fn)     # of "fp4", too
 
 
 @jax.tree_util.register_dataclass
@@ -35,7 +39,7 @@ class PackedWeight:
     Attributes:
       code: how codes are read.
       code_OC: uint8; C is I, or I / 2 of 4-bit codes.
-      scale_OG: float16 or float32.
+      scale_OG: float16 or float32; of "fp4" also float8_e8m0fnu or float8_e4m3fn.
       zero_OG: uint8, or None.  offset_OG: like the scales, or None. Integers have one of the two, others none.
       table_ET: float32 [O, 16] or [1, 16] of "lut4", else None.
     """
@@ -50,7 +54,7 @@ class PackedWeight:
     @property
     def is_half(self) -> bool:
         """Whether a byte holds two codes."""
-        return self.code in ("int4", "lut4")
+        return self.code in BLOCKS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,18 +83,20 @@ def violations(weight: PackedWeight) -> list[str]:
     (*stack, outs, ins), scale = weight.shape, weight.scale_OG
     if weight.code_OC.dtype != jnp.uint8:
         found.append(f"codes must be uint8, got {weight.code_OC.dtype}")
-    if scale.dtype not in SCALES:
-        found.append(f"scales must be float16 or float32, got {scale.dtype}")
+    allowed = (*SCALES, *SHORT_SCALES) if weight.code == "fp4" else SCALES
+    if scale.dtype not in allowed:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in allowed)
+        found.append(f"scales must be {names}, got {scale.dtype}")
     if scale.ndim < 2 or scale.shape[:-1] != (*stack, outs) or ins % scale.shape[-1]:
         return [*found, f"scales must be {[*stack, outs, 'G']} with G dividing {ins}, got {scale.shape}"]
-    step = BLOCK if weight.is_half else GROUP_MIN
-    if (weight.group_size % step and scale.shape[-1] > 1) or (weight.is_half and ins % BLOCK):
+    step = BLOCKS.get(weight.code, GROUP_MIN)
+    if (weight.group_size % step and scale.shape[-1] > 1) or (weight.is_half and ins % step):
         found.append(f"groups of {weight.code} must be multiples of {step} inputs, got {weight.group_size}")
-    names = {"int4": ("zero", "offset"), "int8": ("zero", "offset"), "lut4": ("table",), "fp8": ("none",)}[weight.code]
+    beside = {"int4": ("zero", "offset"), "int8": ("zero", "offset"), "lut4": ("table",)}.get(weight.code, ("none",))
     name, extra = weight.extra
     given = sum(array is not None for array in (weight.zero_OG, weight.offset_OG, weight.table_ET))
-    if name not in names or given > 1:
-        found.append(f"{weight.code} needs {' or '.join(names)} beside the scales, got {given} of them, {name}")
+    if name not in beside or given > 1:
+        found.append(f"{weight.code} needs {' or '.join(beside)} beside the scales, got {given} of them, {name}")
     elif name == "zero" and (extra.dtype != jnp.uint8 or extra.shape != scale.shape):     # type: ignore[union-attr]
         found.append(f"zeros must be uint8 {scale.shape}, got {extra.dtype}{extra.shape}")     # type: ignore[union-attr]
     elif name == "offset" and (extra.dtype != scale.dtype or extra.shape != scale.shape):     # type: ignore[union-attr]
@@ -106,8 +112,8 @@ def unpacked(weight: PackedWeight) -> Array:
     """The codes, one an element, uint8 [..., O, I]."""
     if not weight.is_half:
         return weight.code_OC
-    *outs, ins = weight.shape
-    block = weight.code_OC.reshape(*outs, ins // BLOCK, BLOCK // 2)
+    (*outs, ins), size = weight.shape, BLOCKS[weight.code]
+    block = weight.code_OC.reshape(*outs, ins // size, size // 2)
     return jnp.stack([block & 15, block >> 4], axis=-2).reshape(*outs, ins)
 
 
@@ -122,6 +128,8 @@ def dequantised(weight: PackedWeight, dtype: DTypeLike = jnp.float32) -> Array:
     scale_OG1 = weight.scale_OG.astype(jnp.float32)[..., None]
     if weight.code == "fp8":
         value = by_group(jax.lax.bitcast_convert_type(code_OI, jnp.float8_e4m3fn).astype(jnp.float32)) * scale_OG1
+    elif weight.code == "fp4":
+        value = by_group(_float4(code_OI)) * scale_OG1
     elif weight.table_ET is not None:
         table_OT = jnp.broadcast_to(weight.table_ET, (*outs, TABLE))
         value = by_group(jnp.take_along_axis(table_OT, code_OI.astype(jnp.int32), axis=-1)) * scale_OG1
@@ -132,3 +140,10 @@ def dequantised(weight: PackedWeight, dtype: DTypeLike = jnp.float32) -> Array:
         assert weight.offset_OG is not None
         value = by_group(code_OI.astype(jnp.float32)) * scale_OG1 + weight.offset_OG.astype(jnp.float32)[..., None]
     return value.reshape(*outs, ins).astype(dtype)
+
+
+def _float4(code: Array) -> Array:
+    """Float32 of e2m1. Its bits in a float16's place mean 2^-14 of the value, subnormal ones, too."""
+    bits = code.astype(jnp.uint16)
+    half = jax.lax.bitcast_convert_type(((bits & 8) << 12) | ((bits & 7) << 9), jnp.float16)
+    return half.astype(jnp.float32) * 2.0**14

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.models.hf import read_config
 from jaxserve.models.registry import FAMILIES, read_spec, spec_from_config
+from jaxserve.quantization.formats.registry import find_scheme
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import read_folder
 from jaxserve.weights.loader import load_params
-from jaxserve.weights.mxfp4 import Mxfp4Array, with_decoded
 from jaxserve.weights.safetensors import read_file
 from scripts.write_models import models_page
 from tests.conftest import ROOT, Shown
@@ -40,7 +41,8 @@ BOTH = [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(
 def test_logits_and_greedy_tokens_equal_transformers(name: str, shown: Shown) -> None:
     folder = FIXTURES / "families" / name
     spec = read_spec(folder)
-    params = load_params(spec, folder, make_mesh(jax.devices()[:1]), jnp.float32)
+    scheme = find_scheme(folder, read_config(folder))
+    params = load_params(spec, folder, make_mesh(jax.devices()[:1]), jnp.float32, scheme=scheme)
     cases = read_cases(folder / "reference.json")
     stored = read_file(folder / "reference.safetensors")
     found = chunked_logits(
@@ -60,9 +62,9 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str, shown: Shown) ->
 def test_pytorch_files_give_the_same_parameters(name: str, tmp_path: Path, shown: Shown) -> None:
     folder = FIXTURES / "families" / name
     spec = read_spec(folder)
-    tensors = {key: tensor.data for key, tensor in with_decoded(read_folder(folder)).items()}
+    tensors = {key: tensor.data for key, tensor in read_folder(folder).items()}
     mesh = make_mesh(jax.devices()[:1])
-    if any(isinstance(data, Mxfp4Array) for data in tensors.values()):
+    if find_scheme(folder, read_config(folder)) is not None:
         pytest.skip("nobody keeps MXFP4 in PyTorch's format")
     from_arrays(tmp_path / "pytorch_model.bin", tensors)
     found, expected = (load_params(spec, of, mesh, jnp.float32) for of in (tmp_path, folder))

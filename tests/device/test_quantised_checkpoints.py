@@ -28,16 +28,19 @@ from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params, open_checkpoint
 from jaxserve.weights.packed import plan, plan_online
+from jaxserve.weights.safetensors import read_file
 from kernels_pallas.native import api as native
 from kernels_pallas.native import packed as native_packed
 from kernels_pallas.quantized_matmul.api import _triton_refusals
 from scripts.write_quantization import PAGE, Shown, with_table
-from tests.device.fixture_models import FIXTURES, attend_densely
+from tests.device.fixture_models import FIXTURES, attend_densely, read_cases
 from tests.device.packed_folders import KINDS, write_folders
+from tests.device.paged_forward import chunked_logits
 
 # Formats whose every step others show, too.
 VARIANTS = {"gptq-2bit", "gptq-v2", "gptq-channel", "ct-w4a16", "ct-int8-weights", "ct-fp8-static", "squeezellm-4bit"}
 TOKENS = np.arange(3, 43)
+MXFP4 = "gpt-oss, its experts"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,26 @@ def test_experts_stay_packed(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
+def test_mxfp4_experts_stay_packed(shown: dict[str, Shown]) -> None:
+    """gpt-oss, against transformers' float32 logits of the decoded weights."""
+    folder = FIXTURES / "families" / "gpt-oss-mxfp4"
+    params, spec, stored = loaded(folder), read_spec(folder), read_file(folder / "reference.safetensors")
+    tensors = [params[f"layers_{i}"]["mlp"][f"experts_{name}"] for i in (0, 1) for name in ("gate_up", "down")]
+    for tensor in tensors:
+        assert isinstance(tensor, PackedTensor)
+        assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(tensor)) == 4.25 * np.prod(tensor.shape), "as stored"
+    shown[MXFP4] = Shown(
+        kind=MXFP4, method="mxfp4", bits=4.25, code="fp4", activations="none", cpu="xla", gpu="xla"
+    )
+    cases = read_cases(folder / "reference.json")
+    found = chunked_logits(
+        spec, params, [case.prompt_token_ids for case in cases], [case.token_ids for case in cases]
+    )
+    for index, logits_TV in enumerate(found):
+        expected_TV = stored[f"logits_{index}"].data
+        assert np.abs(logits_TV - expected_TV).max() <= 1e-3 * np.abs(expected_TV).max()
+
+
 @pytest.fixture(scope="module")
 def shown() -> dict[str, Shown]:
     """What passed, for the page."""
@@ -164,7 +187,7 @@ def described(kind: str, params: Any) -> Shown:
 
 def test_the_table_is_what_these_tests_showed(shown: dict[str, Shown], request: pytest.FixtureRequest) -> None:
     """docs/quantization.md; `make docs` writes it by running this file."""
-    if set(shown) < set(KINDS):
+    if not shown.keys() >= {*KINDS, MXFP4}:
         pytest.skip("not every format was run, or one failed")
     text = with_table(PAGE.read_text(), shown.values())
     if request.config.getoption("--write-docs"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.device.fixture_models import FIXTURES
 from tests.device.packed_folders import KINDS, write_folders
 
 SCRIPT = Path(__file__).with_name("sharded_engine.py")
@@ -23,7 +24,11 @@ def measured(
 ) -> dict[int, dict[str, Any]]:
     packed, _ = write_folders(kind, folder, has_experts=has_experts)
     (packed / "reference.json").write_text(json.dumps({"cases": CASES}))
-    task = {"folder": str(packed), "sizes": sizes, "whole_experts": False, "is_counted": False}
+    return measured_folder(packed, sizes)
+
+
+def measured_folder(packed: Path, sizes: tuple[int, ...], *, whole_experts: bool = False) -> dict[int, dict[str, Any]]:
+    task = {"folder": str(packed), "sizes": sizes, "whole_experts": whole_experts, "is_counted": False}
     search = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(task)], capture_output=True, text=True, timeout=280, check=False,
@@ -43,6 +48,18 @@ def test_four_bits_on_two_devices(tmp_path: Path) -> None:
     found = measured("gptq-4bit", (1, 2), tmp_path)
     assert_alike(found)
     assert found[2]["weight_bytes"] < 0.6 * found[1]["weight_bytes"]
+
+
+def test_mxfp4_experts_split_over_two_devices() -> None:
+    found = measured_folder(FIXTURES / "families" / "gpt-oss-mxfp4", (1, 2))
+    assert_alike(found)
+    assert found[2]["weight_bytes"] < 0.7 * found[1]["weight_bytes"], "half of the experts, packed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_experts", [False, True])
+def test_mxfp4_experts_on_four_devices(*, whole_experts: bool) -> None:
+    assert_alike(measured_folder(FIXTURES / "families" / "gpt-oss-mxfp4", (1, 2, 4), whole_experts=whole_experts))
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ import pytest
 from kernels_pallas.contract import ContractError, NoImplementationError
 from kernels_pallas.native import api as native
 from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
-from kernels_pallas.quantized_matmul.weights import BLOCK, dequantised, unpacked
+from kernels_pallas.quantized_matmul.weights import BLOCKS, dequantised, unpacked
 
 KINDS = ("int4-zero", "int4-offset", "int8-zero", "int8-offset", "lut4-own", "lut4-shared", "fp8")
+IN_XLA = (*KINDS, "fp4")          # what the other kernels refuse, too
 SIZES = ((1, 16, 64, 32), (3, 50, 96, 32), (5, 100, 64, 64), (17, 72, 256, 128))     # T, O, I, group
 
 
@@ -23,11 +24,15 @@ def packed(kind: str, outs: int, ins: int, group: int, scale: str = "float16") -
     """A random packed weight, and the float32 matrix that it stands for, written out a number at a time."""
     rng = np.random.default_rng(0)
     code, _, extra = kind.partition("-")
-    half = code in ("int4", "lut4")
+    half = code in BLOCKS
     codes = rng.integers(0, 16 if half else 256, (outs, ins)).astype(np.uint8)
+    if code == "fp4":
+        group = 16
     if code == "fp8":
         codes[(codes & 127) == 127] = 1
     scale_OG = (rng.random((outs, ins // group)) * 0.1 + 0.01).astype("float32" if code in ("lut4", "fp8") else scale)
+    if code == "fp4":
+        scale_OG = (rng.integers(100, 130, (outs, ins // group)).astype(np.uint8)).view(ml_dtypes.float8_e8m0fnu)
     zero_OG = rng.integers(0, 17 if half else 256, scale_OG.shape).astype(np.uint8)
     offset_OG = rng.standard_normal(scale_OG.shape).astype(scale_OG.dtype)
     table_ET = rng.standard_normal((outs if extra == "own" else 1, 16)).astype(np.float32)
@@ -36,6 +41,8 @@ def packed(kind: str, outs: int, ins: int, group: int, scale: str = "float16") -
         step, number = np.float32(scale_OG[o, i // group]), codes[o, i]
         if code == "fp8":
             expected[o, i] = step * np.float32(number.view(ml_dtypes.float8_e4m3fn))
+        elif code == "fp4":
+            expected[o, i] = step * np.float32(number.view(ml_dtypes.float4_e2m1fn))
         elif code == "lut4":
             expected[o, i] = step * table_ET[o if extra == "own" else 0, number]
         elif extra == "zero":
@@ -46,8 +53,8 @@ def packed(kind: str, outs: int, ins: int, group: int, scale: str = "float16") -
     if half:
         kept = np.zeros((outs, ins // 2), np.uint8)
         for i in range(ins):
-            block, place = divmod(i, BLOCK)
-            kept[:, 16 * block + place % 16] |= codes[:, i] << (4 * (place // 16))
+            (block, place), bytes_ = divmod(i, BLOCKS[code]), BLOCKS[code] // 2
+            kept[:, bytes_ * block + place % bytes_] |= codes[:, i] << (4 * (place // bytes_))
     weight = PackedWeight(
         code=code, code_OC=jnp.asarray(kept), scale_OG=jnp.asarray(scale_OG),
         zero_OG=jnp.asarray(zero_OG) if extra == "zero" else None,
@@ -63,14 +70,14 @@ def rows(tokens: int, ins: int, dtype: str = "bfloat16") -> jax.Array:
 
 
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_XLA)
 def test_codes_stand_for_what_the_formulas_say(kind: str, scale: str) -> None:
     weight, expected = packed(kind, 7, 96, 32, scale)
     np.testing.assert_allclose(dequantised(weight), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", IN_XLA)
 def test_the_product_equals_the_reference(kind: str, dtype: str) -> None:
     weight, _ = packed(kind, 40, 128, 64)
     x_TI = rows(6, 128, dtype)

@@ -47,7 +47,6 @@ def test_older_tools_wrote_a_file_beside(tmp_path: Path, file: str, content: dic
 
 def test_plain_checkpoints_and_those_read_elsewhere_have_no_scheme(tmp_path: Path) -> None:
     assert find_scheme(tmp_path, {}) is None
-    assert find_scheme(tmp_path, {"quantization_config": {"quant_method": "mxfp4"}}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """gpt-oss 20B and 120B: sinks in the softmax, every other layer slides, biases, a mixture of clamped SwiGLUs.
 
 Experts are stored as one tensor a layer, [E, in, out], gate and up in alternate columns; or as MXFP4 blocks, which
-`weights.mxfp4` shows in that same form.
+`weights.packed` shows in that same form.
 """
 
 from __future__ import annotations

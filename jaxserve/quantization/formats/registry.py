@@ -17,6 +17,7 @@ from jaxserve.quantization.formats.compressed_tensors import CompressedTensorsSc
 from jaxserve.quantization.formats.fp8 import Fp8Scheme
 from jaxserve.quantization.formats.gguf import GgufScheme
 from jaxserve.quantization.formats.gptq import GptqScheme
+from jaxserve.quantization.formats.mxfp4 import Mxfp4Scheme
 from jaxserve.quantization.formats.scheme import Scheme
 from jaxserve.quantization.formats.squeezellm import SqueezeLlmScheme
 
@@ -27,9 +28,8 @@ FORMATS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "compressed-tensors": CompressedTensorsScheme.parse,
     "bitsandbytes": BitsAndBytesScheme.parse,
     "squeezellm": SqueezeLlmScheme.parse,
+    "mxfp4": Mxfp4Scheme.parse,
 }
-# Read where they lie in the loader, without a scheme.
-ELSEWHERE = ("mxfp4",)
 # Files beside a config.json that says nothing, and what a key of theirs means: AutoGPTQ's, AutoAWQ's, SqueezeLLM's.
 BESIDE = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 TELLING = {"wbits": "squeezellm", "w_bit": "awq", "q_group_size": "awq", "desc_act": "gptq", "bits": "gptq"}
@@ -60,12 +60,9 @@ def find_scheme(folder: Path, config: Mapping[str, Any], *, is_gguf: bool = Fals
                 f"{', '.join(PACKINGS)}"
             )
         method = PACKINGS[packing]
-    if method in ELSEWHERE:
-        return None
     if method not in FORMATS:
         raise UnsupportedModelError(
-            f"quantization_config: quant_method {method!r} is not supported; supported are "
-            f"{', '.join((*FORMATS, *ELSEWHERE))}"
+            f"quantization_config: quant_method {method!r} is not supported; supported are {', '.join(FORMATS)}"
         )
     return FORMATS[method](content)
 

@@ -28,6 +28,8 @@ class Scheme(abc.ABC):
     method: str                     # vLLM's name
     suffixes: tuple[str, ...]       # of tensors that belong to a packed module
     marks: tuple[str, ...]          # a module that has one of them is packed
+    joint = "."                     # between a module's name and a suffix
+    is_of_stacks = False            # tensors are stacks of modules, shown as one array [E, in, out]
     needs_packed = True             # a checkpoint without any such module is not what its config says
 
     @abc.abstractmethod
