@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxserve.quantization import int8, packed
+from jaxserve.quantization import int8, joined, packed
 from jaxserve.quantization.codes import Form
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.split import Runs
@@ -31,7 +31,19 @@ class Packed:
         return packed.abstract(self.form, leaf, self.columns)
 
 
-Packing = Mapping[str, Packed]      # parameter path -> how it is packed; others are plain
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined:
+    """One matrix whose parts have forms of their own."""
+
+    parts: tuple[joined.Part, ...]
+    columns: Runs
+
+    def abstract(self, leaf: jax.ShapeDtypeStruct) -> QTensor:
+        """See `Packed.abstract`."""
+        return joined.abstract(self.parts, leaf, self.columns)
+
+
+Packing = Mapping[str, Packed | Joined]      # parameter path -> how it is packed; others are plain
 
 
 def path_of(path: tuple[Any, ...]) -> str:

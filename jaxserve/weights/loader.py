@@ -26,14 +26,14 @@ from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.progress import Advance, NoProgress, ProgressPort
 from jaxserve.models.decoder import abstract_params
 from jaxserve.models.registry import family
-from jaxserve.quantization import int8, online, packed
+from jaxserve.quantization import int8, joined, online, packed
 from jaxserve.quantization.codes import Codes
 from jaxserve.quantization.formats.scheme import Scheme
-from jaxserve.quantization.packing import Packing, is_packed
+from jaxserve.quantization.packing import Joined, Packing, is_packed
 from jaxserve.sharding.split import Runs
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.folder import LoadFormat, read_folder
-from jaxserve.weights.packed import plan, stacked_codes, with_packed
+from jaxserve.weights.packed import JoinedCodes, joined_codes, plan, stacked_codes, with_packed
 from jaxserve.weights.rules import Assembly, match
 from jaxserve.weights.shards import HostArray, Index, layouts, read_shard
 
@@ -74,8 +74,9 @@ def load_params(
     ]
     total = sum(assembly.abstract.size * assembly.abstract.dtype.itemsize for assembly in assemblies)
     with (progress or NoProgress()).task("loading weights", total, "B") as advance:
-        def codes(assembly: Assembly) -> Codes | None:
-            found = stacked_codes(assembly)
+        def codes(assembly: Assembly) -> Codes | JoinedCodes | None:
+            how = packing.get(assembly.path)
+            found = joined_codes(assembly, how.parts) if isinstance(how, Joined) else stacked_codes(assembly)
             if found is not None:
                 advance(assembly.abstract.size * assembly.abstract.dtype.itemsize)
             return found
@@ -88,7 +89,7 @@ def load_params(
 
 def place(
     abstract: Any, layouts_: Iterable[tuple[Runs, ...]], sources: Iterable[Source],
-    read: Callable[[Source, Index], HostArray], codes: Callable[[Source], Codes | None] = lambda _: None,
+    read: Callable[[Source, Index], HostArray], codes: Callable[[Source], Codes | JoinedCodes | None] = lambda _: None,
 ) -> dict[str, Any]:
     """A tree like `abstract` whose leaves are made of `read(source, index)`, one source a leaf, several at a time.
 
@@ -105,6 +106,9 @@ def place(
             array = jax.make_array_from_callback(leaf.shape, leaf.sharding, shard)
             return array.block_until_ready()       # frees the host slice before the next one is assembled
         found = codes(source)
+        if isinstance(leaf, joined.JoinedTensor):
+            assert isinstance(found, JoinedCodes)
+            return joined.make(leaf, found.parts, found.codes, layout[-1], _cut, aligned_empty)     # type: ignore[arg-type]
         if isinstance(leaf, int8.Int8Tensor):
             if found is None:
                 return int8.make(leaf, lambda rows: shard((rows, slice(None))), aligned_empty)

@@ -8,7 +8,7 @@ Knows no format: `quantization.formats` does. Invariant: every tensor of a packe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from jaxserve.core.errors import WeightsError
 from jaxserve.core.model_spec import ModelSpec
-from jaxserve.models.decoder import abstract_params
-from jaxserve.quantization import online, packed
+from jaxserve.models.decoder import abstract_params, logical_axes
+from jaxserve.quantization import joined, online, packed
 from jaxserve.quantization.codes import (
     Codes,
     FloatCodes,
@@ -31,7 +31,9 @@ from jaxserve.quantization.codes import (
     TableCodes,
 )
 from jaxserve.quantization.formats.scheme import Scheme, Stored
-from jaxserve.quantization.packing import Packed, Packing, path_of
+from jaxserve.quantization.packing import Joined, Packed, Packing, path_of
+from jaxserve.sharding.rules import parts
+from jaxserve.sharding.split import Runs
 from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.rules import Assembly, Block
 from jaxserve.weights.shards import layouts
@@ -127,11 +129,15 @@ def with_packed(stored: Mapping[str, StoredTensor], scheme: Scheme | None) -> di
 
 def plan(spec: ModelSpec, mesh: Mesh, assemblies: list[Assembly]) -> Packing:
     """The parameters that stay packed on the mesh's devices."""
-    found = {}
-    for assembly, layout in zip(assemblies, layouts(spec, mesh), strict=True):
-        form = _common_form(assembly)
+    found: dict[str, Packed | Joined] = {}
+    for assembly, layout, axes in zip(assemblies, layouts(spec, mesh), logical_axes(spec), strict=True):
+        if not assembly.path.startswith("layers_"):
+            continue
+        form = _common_form(assembly.blocks)
         if form is not None and packed.fits(form, layout[-1], is_stack=len(layout) == 3):
             found[assembly.path] = Packed(form=form, columns=layout[-1])
+        elif form is None and len(layout) == 2 and (of_parts := _parts(assembly, layout, parts(mesh, axes[0]))):
+            found[assembly.path] = Joined(parts=of_parts, columns=layout[-1])
     return found
 
 
@@ -156,11 +162,11 @@ def decoded_count(assemblies: list[Assembly], packing: Packing) -> int:
     )
 
 
-def _common_form(assembly: Assembly) -> Form | None:
-    """The form of all blocks of a parameter of the layers, where they can stand on each other as they are."""
+def _common_form(blocks: Sequence[Block]) -> Form | None:
+    """The form of these blocks of a parameter, where they can stand on each other as they are."""
     first: PackedMatrix | None = None
     sparse_count = 0
-    for block in assembly.blocks:
+    for block in blocks:
         data = _matrix(block)
         if data is None:
             return None
@@ -169,9 +175,28 @@ def _common_form(assembly: Assembly) -> Form | None:
         if first is not None and data.form.has_order and not np.array_equal(_order(first), _order(data)):
             return None
         first, sparse_count = first or data, sparse_count + data.form.sparse_count
-    if first is None or not assembly.path.startswith("layers_"):
+    return None if first is None else replace(first.form, sparse_count=sparse_count)
+
+
+def _runs_of_blocks(assembly: Assembly) -> list[list[Block]]:
+    """Neighbours that have a common form; every block is in one run."""
+    found: list[list[Block]] = []
+    for block in assembly.blocks:
+        if found and _common_form([*found[-1], block]) is not None:
+            found[-1].append(block)
+        else:
+            found.append([block])
+    return found
+
+
+def _parts(assembly: Assembly, layout: tuple[Runs, ...], device_count: int) -> tuple[joined.Part, ...] | None:
+    """The parts of a matrix whose blocks have several forms, where devices can keep all of them."""
+    runs = _runs_of_blocks(assembly)
+    forms = [form for blocks in runs if (form := _common_form(blocks)) is not None]
+    if len(forms) < len(runs) or any(form.code == "w8a8" or not packed.fits(form, layout[-1]) for form in forms):
         return None
-    return replace(first.form, sparse_count=sparse_count)
+    sizes = [sum(block.shape[0] for block in blocks) for blocks in runs]
+    return joined.split(forms, sizes, layout[0], device_count)
 
 
 def _matrix(block: Block) -> PackedMatrix | None:
@@ -190,9 +215,27 @@ def _order(data: PackedMatrix) -> Host:
     return codes.group_I
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JoinedCodes:
+    """What a matrix of several forms is made of."""
+
+    parts: tuple[joined.Part, ...]
+    codes: tuple[Codes, ...]
+
+
+def joined_codes(assembly: Assembly, of_parts: tuple[joined.Part, ...]) -> JoinedCodes:
+    """The codes of each part."""
+    found = [_stacked(blocks) for blocks in _runs_of_blocks(assembly)]
+    return JoinedCodes(parts=of_parts, codes=tuple(codes for codes in found if codes is not None))
+
+
 def stacked_codes(assembly: Assembly) -> Codes | None:
     """The codes of a packed parameter whose blocks have a common form, one block under the other."""
-    matrices = [_matrix(block) for block in assembly.blocks]
+    return _stacked(assembly.blocks)
+
+
+def _stacked(of_blocks: Sequence[Block]) -> Codes | None:
+    matrices = [_matrix(block) for block in of_blocks]
     if matrices[0] is None:
         return None
     blocks = [matrix.codes() for matrix in matrices if matrix is not None]

@@ -33,7 +33,9 @@ SHAPED = SamplingParams(
 COLLECTIVE = re.compile(r"= \S.*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 
 
-def measure(folder: Path, size: int, *, whole_experts: bool, is_counted: bool) -> dict[str, Any]:
+def measure(
+    folder: Path, size: int, *, whole_experts: bool, is_counted: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     prompts = [
         {"prompt_token_ids": case["prompt_token_ids"]}
         for case in json.loads((folder / "reference.json").read_text())["cases"]
@@ -41,7 +43,7 @@ def measure(folder: Path, size: int, *, whole_experts: bool, is_counted: bool) -
     options = {
         "max_num_seqs": 6, "max_num_batched_tokens": 16, "block_size": 8, "kv_cache_memory_bytes": "1M",
         "enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float32", "tensor_parallel_size": size,
-        "enable_expert_parallel": whole_experts,
+        "enable_expert_parallel": whole_experts, **options,
     }
     config = engine_config_from_kwargs(str(folder), **options)
     sizer = Sizer(spec=read_spec(folder), folder=folder)
@@ -99,7 +101,8 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     print(json.dumps({
         size: measure(
-            Path(task["folder"]), size, whole_experts=task["whole_experts"] and size > 1, is_counted=task["is_counted"]
+            Path(task["folder"]), size, whole_experts=task["whole_experts"] and size > 1, is_counted=task["is_counted"],
+            options=task.get("options", {}),
         ) for size in task["sizes"]
     }))
 

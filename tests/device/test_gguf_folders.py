@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from jaxserve.core.errors import ModelError
 from jaxserve.models.registry import read_spec
 from jaxserve.quantization.formats.gguf import GgufScheme
+from jaxserve.quantization.joined import JoinedTensor
 from jaxserve.quantization.packing import is_packed
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import format_of
@@ -41,11 +43,14 @@ def as_converted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight[rows]
 
 
-def write_folders(folder: Path, kind: Type | None, last: Type | None = None) -> tuple[Path, Path]:
+def write_folders(
+    folder: Path, kind: Type | None, last: Type | None = None, others: Mapping[str, Type] | None = None
+) -> tuple[Path, Path]:
     """One with a GGUF file, one with safetensors of what the gguf package says that the file holds.
 
     Args:
       last: how the last layer is packed, where it is otherwise.
+      others: how some matrices of every layer are packed, by GGUF's names.
     """
     rng, plain = np.random.default_rng(3), {}
     into, beside = folder / "gguf", folder / "plain"
@@ -59,6 +64,7 @@ def write_folders(folder: Path, kind: Type | None, last: Type | None = None) -> 
     def add(name: str, stored: str, values: np.ndarray, heads: int | None = None) -> None:
         ordered = values if heads is None else as_converted(values, heads)
         used = last if last is not None and f".{LAYERS - 1}." in stored else kind
+        used = (others or {}).get(stored.split(".")[-2], used)
         if used is None or values.ndim == 1:
             writer.add_tensor(stored, ordered)
             plain[name] = values
@@ -103,6 +109,27 @@ def test_logits_are_those_of_the_plain_weights(kind: Type | None, tmp_path: Path
     assert any(map(is_packed, leaves)) is (kind is not None)
     found, expected = logits(packed, params), logits(beside, loaded(beside, None))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+MIXED = {"attn_v": Type.Q8_0, "ffn_up": Type.Q5_0}
+
+
+def test_parts_of_a_fused_matrix_stay_packed_in_their_own_kinds(tmp_path: Path) -> None:
+    packed, beside = write_folders(tmp_path, Type.Q4_1, others=MIXED)
+    params, plain = loaded(packed, GgufScheme()), loaded(beside, None)
+    for path, codes, bits in (("self_attn/qkv", ["int4", "int8"], 5.9375), ("mlp/gate_up", ["int4", "int8"], 6.875)):
+        at, name = path.replace("self_attn", "attention").split("/")
+        tensor, expected = (tree["layers_0"][at][name]["weight"] for tree in (params, plain))
+        assert isinstance(tensor, JoinedTensor) and tensor.shape == expected.shape
+        assert [part.weight.code for part in tensor.parts] == codes
+        assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(tensor)) == bits * expected.size
+        np.testing.assert_allclose(tensor.plain(), expected, rtol=1e-6, atol=1e-7)
+    found, expected = logits(packed, params), logits(beside, plain)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    short = logits(packed, load_params(
+        read_spec(packed), packed, make_mesh(jax.devices()[:1]), jnp.bfloat16, scheme=GgufScheme()
+    ), jnp.bfloat16)
+    np.testing.assert_allclose(short, expected, atol=0.06 * np.abs(expected).max())
 
 
 @pytest.mark.slow

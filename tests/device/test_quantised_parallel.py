@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as Type
 
+from tests.device import test_gguf_folders
 from tests.device.fixture_models import FIXTURES
 from tests.device.packed_folders import KINDS, write_folders
 
@@ -27,8 +30,12 @@ def measured(
     return measured_folder(packed, sizes)
 
 
-def measured_folder(packed: Path, sizes: tuple[int, ...], *, whole_experts: bool = False) -> dict[int, dict[str, Any]]:
-    task = {"folder": str(packed), "sizes": sizes, "whole_experts": whole_experts, "is_counted": False}
+def measured_folder(
+    packed: Path, sizes: tuple[int, ...], *, whole_experts: bool = False, **options: Any
+) -> dict[int, dict[str, Any]]:
+    task = {
+        "folder": str(packed), "sizes": sizes, "whole_experts": whole_experts, "is_counted": False, "options": options,
+    }
     search = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(task)], capture_output=True, text=True, timeout=280, check=False,
@@ -50,10 +57,30 @@ def test_four_bits_on_two_devices(tmp_path: Path) -> None:
     assert found[2]["weight_bytes"] < 0.6 * found[1]["weight_bytes"]
 
 
+@pytest.mark.parametrize(("name", "asked"), [("families/gemma3", "int8"), ("tiny-llama3", "fp8")])
+def test_keys_and_values_in_eight_bits_on_two_devices(name: str, asked: str) -> None:
+    """Scales are a token's and a head's, and heads are whole: codes are those of one device."""
+    found = measured_folder(FIXTURES / name, (1, 2), kv_cache_dtype=asked)
+    assert_alike(found)
+    assert found[2]["shaped"] == found[1]["shaped"]
+    np.testing.assert_allclose(found[2]["logprobs"], found[1]["logprobs"], atol=2e-4)
+    assert found[2]["page_bytes"] * 2 == found[1]["page_bytes"]
+
+
 def test_mxfp4_experts_split_over_two_devices() -> None:
     found = measured_folder(FIXTURES / "families" / "gpt-oss-mxfp4", (1, 2))
     assert_alike(found)
     assert found[2]["weight_bytes"] < 0.7 * found[1]["weight_bytes"], "half of the experts, packed"
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+def test_parts_of_several_kinds_on_several_devices(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """Four devices have a copy of a key and value head each."""
+    packed, _ = test_gguf_folders.write_folders(tmp_path, Type.Q4_1, others=test_gguf_folders.MIXED)
+    (packed / "reference.json").write_text(json.dumps({"cases": CASES}))
+    found = measured_folder(packed, sizes)
+    assert_alike(found)
+    assert found[2]["weight_bytes"] < 0.6 * found[1]["weight_bytes"], "nothing is decoded"
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ class Mxfp4Scheme(Scheme):
     def codes(self, module: str, stored: Stored) -> ShortFloatCodes:
         scale_OG = np.asarray(stored["scales"])
         if scale_OG.size and scale_OG.max() > EXPONENT_MAX:
-            raise WeightsError(f"{module}_scales holds {scale_OG.max()}: NaN, or beyond float32 ({EXPONENT_MAX} at most)")
+            raise WeightsError(
+                f"{module}_scales holds {scale_OG.max()}: NaN, or beyond float32 ({EXPONENT_MAX} at most)"
+            )
         code_OI = unpack(stored["blocks"], 4).reshape(self.shape(module, stored))
         return ShortFloatCodes(code_OI=code_OI, scale_OG=scale_OG.view(ml_dtypes.float8_e8m0fnu))
