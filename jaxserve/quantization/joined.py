@@ -88,12 +88,12 @@ def split(forms: Sequence[Form], sizes: Sequence[int], rows: Runs, device_count:
     return tuple(Part(form=form, rows=tuple(runs)) for form, runs in zip(forms, of_parts, strict=True))
 
 
-def abstract(parts: Sequence[Part], leaf: jax.ShapeDtypeStruct, columns: Runs) -> JoinedTensor:
+def abstract(parts: Sequence[Part], leaf: jax.ShapeDtypeStruct, columns: Runs, device_count: int) -> JoinedTensor:
     """What a matrix becomes as shapes and placements; `leaf` is the plain one over all devices."""
     return JoinedTensor(parts=tuple(
         packed.abstract(part.form, jax.ShapeDtypeStruct(
             (sum(run.count for run in part.rows), leaf.shape[1]), leaf.dtype, sharding=leaf.sharding
-        ), columns) for part in parts
+        ), columns, device_count) for part in parts
     ))
 
 

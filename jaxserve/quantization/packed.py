@@ -117,39 +117,45 @@ def _rounded(x: Array, scale: Array | None, axis: str | None) -> tuple[Array, Ar
     return value, scale
 
 
-def group_size(form: Form, columns: Runs) -> int:
+def group_size(form: Form, columns: Runs, device_count: int) -> int:
     """Inputs of a group such that every device, and every run of inputs that it has, holds whole groups; 0: none."""
     ins = sum(run.count for run in columns)
-    sizes = [form.group or 0] + ([] if _is_whole(columns) else [part for run in columns for part in _edges(run)])
+    sizes = [form.group or 0]
+    if device_count > 1:
+        sizes += [ins // device_count, *(part for run in columns for part in _edges(run))]
     size = math.gcd(*sizes) or ins
     step = BLOCKS.get(form.code, GROUP_MIN)
     return size if size % step == 0 or (size == ins and form.code not in BLOCKS) else 0
 
 
-def fits(form: Form, columns: Runs, *, is_stack: bool = False) -> bool:
-    """Whether devices that have these inputs can keep the form, of one matrix or of a stack of experts'."""
+def fits(
+    form: Form, columns: Runs, device_count: int = 1, *, is_stack: bool = False, has_all_rows: bool = True
+) -> bool:
+    """Whether devices can keep the form, of one matrix or of a stack of experts'.
+
+    Args:
+      columns: the inputs that they have, cut into `device_count` equal shares.
+    """
     if is_stack and (
         form.has_order or form.sparse_count or form.code in ("w8a8", "lut4") or form.activations == "static"
     ):
         return False
     if form.code == "w8a8":
         return True
-    return group_size(form, columns) > 0 and (_is_whole(columns) or not (form.has_order or form.sparse_count))
-
-
-def _is_whole(columns: Runs) -> bool:
-    return len(columns) == 1 and columns[0].start == 0
+    if (form.has_order and device_count > 1) or (form.sparse_count and not (device_count == 1 and has_all_rows)):
+        return False
+    return group_size(form, columns, device_count) > 0
 
 
 def _edges(run: Run) -> tuple[int, int]:
     return run.start or 0, run.count
 
 
-def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs) -> PackedTensor:
+def abstract(form: Form, leaf: jax.ShapeDtypeStruct, columns: Runs, device_count: int = 1) -> PackedTensor:
     """What a matrix, or a stack of them, becomes as shapes and placements; `leaf` is the plain one over all devices."""
     *outs, ins = leaf.shape
     axes = tuple(range(len(leaf.shape)))
-    groups = ins // group_size(form, columns)
+    groups = ins // group_size(form, columns, device_count)
 
     def array(shape: tuple[int, ...], dtype: Any, axes: tuple[int | None, ...]) -> Any:
         placed = leaf.sharding

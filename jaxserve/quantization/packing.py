@@ -23,12 +23,13 @@ class Packed:
 
     form: Form
     columns: Runs
+    device_count: int = 1       # into how many shares the inputs are cut
 
     def abstract(self, leaf: jax.ShapeDtypeStruct) -> QTensor:
         """The packed matrix as shapes and placements, of the plain one over all devices."""
         if self.form.code == "w8a8":
             return int8.abstract(leaf, is_static=self.form.activations == "static")
-        return packed.abstract(self.form, leaf, self.columns)
+        return packed.abstract(self.form, leaf, self.columns, self.device_count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,10 +38,11 @@ class Joined:
 
     parts: tuple[joined.Part, ...]
     columns: Runs
+    device_count: int = 1
 
     def abstract(self, leaf: jax.ShapeDtypeStruct) -> QTensor:
         """See `Packed.abstract`."""
-        return joined.abstract(self.parts, leaf, self.columns)
+        return joined.abstract(self.parts, leaf, self.columns, self.device_count)
 
 
 Packing = Mapping[str, Packed | Joined]      # parameter path -> how it is packed; others are plain

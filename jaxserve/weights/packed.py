@@ -133,11 +133,14 @@ def plan(spec: ModelSpec, mesh: Mesh, assemblies: list[Assembly]) -> Packing:
     for assembly, layout, axes in zip(assemblies, layouts(spec, mesh), logical_axes(spec), strict=True):
         if not assembly.path.startswith("layers_"):
             continue
-        form = _common_form(assembly.blocks)
-        if form is not None and packed.fits(form, layout[-1], is_stack=len(layout) == 3):
-            found[assembly.path] = Packed(form=form, columns=layout[-1])
-        elif form is None and len(layout) == 2 and (of_parts := _parts(assembly, layout, parts(mesh, axes[0]))):
-            found[assembly.path] = Joined(parts=of_parts, columns=layout[-1])
+        form, count = _common_form(assembly.blocks), parts(mesh, axes[-1])
+        has_all_rows = all(parts(mesh, axis) == 1 for axis in axes[:-1])
+        if form is not None and packed.fits(
+            form, layout[-1], count, is_stack=len(layout) == 3, has_all_rows=has_all_rows
+        ):
+            found[assembly.path] = Packed(form=form, columns=layout[-1], device_count=count)
+        elif form is None and len(layout) == 2 and (of_parts := _parts(assembly, layout, axes, mesh)):
+            found[assembly.path] = Joined(parts=of_parts, columns=layout[-1], device_count=count)
     return found
 
 
@@ -146,10 +149,10 @@ def plan_online(spec: ModelSpec, method: online.Method, mesh: Mesh) -> Packing:
     online.check(spec, method)
     form, leaves = online.FORMS[method], jax.tree_util.tree_leaves_with_path(abstract_params(spec, np.float32))
     return {
-        name: Packed(form=form, columns=layout[-1])
-        for (path, leaf), layout in zip(leaves, layouts(spec, mesh), strict=True)
+        name: Packed(form=form, columns=layout[-1], device_count=parts(mesh, axes[-1]))
+        for (path, leaf), layout, axes in zip(leaves, layouts(spec, mesh), logical_axes(spec), strict=True)
         if online.is_matrix(name := path_of(path), len(leaf.shape))
-        and packed.fits(form, layout[-1], is_stack=len(leaf.shape) == 3)
+        and packed.fits(form, layout[-1], parts(mesh, axes[-1]), is_stack=len(leaf.shape) == 3)
     }
 
 
@@ -189,14 +192,19 @@ def _runs_of_blocks(assembly: Assembly) -> list[list[Block]]:
     return found
 
 
-def _parts(assembly: Assembly, layout: tuple[Runs, ...], device_count: int) -> tuple[joined.Part, ...] | None:
+def _parts(
+    assembly: Assembly, layout: tuple[Runs, ...], axes: tuple[str | None, ...], mesh: Mesh
+) -> tuple[joined.Part, ...] | None:
     """The parts of a matrix whose blocks have several forms, where devices can keep all of them."""
     runs = _runs_of_blocks(assembly)
     forms = [form for blocks in runs if (form := _common_form(blocks)) is not None]
-    if len(forms) < len(runs) or any(form.code == "w8a8" or not packed.fits(form, layout[-1]) for form in forms):
+    rows, columns = (parts(mesh, axis) for axis in axes)
+    if len(forms) < len(runs) or any(
+        form.code == "w8a8" or not packed.fits(form, layout[-1], columns, has_all_rows=rows == 1) for form in forms
+    ):
         return None
     sizes = [sum(block.shape[0] for block in blocks) for blocks in runs]
-    return joined.split(forms, sizes, layout[0], device_count)
+    return joined.split(forms, sizes, layout[0], rows)
 
 
 def _matrix(block: Block) -> PackedMatrix | None:

@@ -38,14 +38,13 @@ def scored(folder: Path, **options: Any) -> tuple[np.ndarray, list[tuple[int, ..
 
 
 @pytest.mark.parametrize(("folder", "asked", "limit", "limit_each"), [
-    (LLAMA, "int8", 0.04, 9), (LLAMA, "fp8", 0.2, 9), (GEMMA, "int8", 0.01, 9), (GEMMA, "fp8", 0.1, 9),
+    (LLAMA, "int8", 0.04, 0.25), (LLAMA, "fp8", 0.2, 1.3), (GEMMA, "int8", 0.01, 0.04), (GEMMA, "fp8", 0.05, 0.25),
 ], ids=["llama-int8", "llama-fp8", "gemma3-int8", "gemma3-fp8"])
 def test_logprobs_stay_close_and_pages_are_smaller(folder: Path, asked: str, limit: float, limit_each: float) -> None:
     """On average, and of every token. Gemma 3 has windows, hence two pools."""
     exact, _, (plain, _) = scored(folder)
     got, _, (sizes, kind) = scored(folder, kv_cache_dtype=asked)
     assert kind is QuantizedPages
-    print(folder.name, asked, np.abs(got - exact).mean(), np.abs(got - exact).max())
     assert 1e-4 < np.abs(got - exact).mean() < limit
     assert np.abs(got - exact).max() < limit_each
     for group, before in zip(sizes["pool"], plain["pool"], strict=True):
