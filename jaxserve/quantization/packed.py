@@ -120,7 +120,7 @@ def _rounded(x: Array, scale: Array | None, axis: str | None) -> tuple[Array, Ar
 def group_size(form: Form, columns: Runs, device_count: int) -> int:
     """Inputs of a group such that every device, and every run of inputs that it has, holds whole groups; 0: none."""
     ins = sum(run.count for run in columns)
-    sizes = [form.group or 0]
+    sizes = [form.group or 0, ins]      # the last block of a scale may be cut: 576 inputs in blocks of 128
     if device_count > 1:
         sizes += [ins // device_count, *(part for run in columns for part in _edges(run))]
     size = math.gcd(*sizes) or ins

@@ -169,8 +169,8 @@ def _ct_int8(*, is_static: bool = False) -> Make:
 def _fp8(*, scales: str, name: str, is_static: bool = False) -> Make:
     def make(rng: np.random.Generator, outs: int, ins: int) -> Module:
         weight = (rng.standard_normal((outs, ins)) * 100).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
-        block = {"tensor": (outs, ins), "channel": (1, ins), "block": (48, 32)}[scales]
-        shape = {"tensor": (1,), "channel": (outs, 1), "block": (-(-outs // 48), -(-ins // 32))}[scales]
+        block = {"tensor": (outs, ins), "channel": (1, ins), "block": (48, 48)}[scales]
+        shape = {"tensor": (1,), "channel": (outs, 1), "block": (-(-outs // 48), -(-ins // 48))}[scales]
         scale, values = _scales(rng, shape, 0.001, np.float32), np.empty((outs, ins), np.float32)
         for o, i in np.ndindex(outs, ins):
             at = (0,) if scales == "tensor" else (o // block[0], i // block[1])
@@ -288,7 +288,7 @@ KINDS: dict[str, tuple[dict[str, Any], Make]] = {
         ), _fp8(scales="tensor", name="weight_scale", is_static=True),
     ),
     "fp8-block": (
-        {"quant_method": "fp8", "weight_block_size": [48, 32], "activation_scheme": "dynamic", "fmt": "e4m3"},
+        {"quant_method": "fp8", "weight_block_size": [48, 48], "activation_scheme": "dynamic", "fmt": "e4m3"},
         _fp8(scales="block", name="weight_scale_inv"),
     ),
     "squeezellm-4bit": ({"quant_method": "squeezellm", "wbits": 4}, _squeezellm(bits=4)),
