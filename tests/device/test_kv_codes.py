@@ -70,7 +70,9 @@ def tokens(folder: Path, asked: str, **options: Any) -> tuple[list[list[int]], l
         return first, second, sum(llm.get_metrics().draft_accepted_at)
 
 
-@pytest.mark.parametrize(("folder", "asked"), [(GEMMA, "int8"), (LLAMA, "fp8")], ids=["gemma3-int8", "llama-fp8"])
+@pytest.mark.parametrize(("folder", "asked"), [
+    pytest.param(GEMMA, "int8", id="gemma3-int8"), pytest.param(LLAMA, "fp8", id="llama-fp8", marks=pytest.mark.slow),
+])
 def test_tokens_do_not_depend_on_how_steps_are_run(folder: Path, asked: str) -> None:
     """Again (with the first run's pages), without overlap, and with drafts that are verified several at a time."""
     expected, again, _ = tokens(folder, asked)

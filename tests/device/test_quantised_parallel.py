@@ -57,7 +57,9 @@ def test_four_bits_on_two_devices(tmp_path: Path) -> None:
     assert found[2]["weight_bytes"] < 0.6 * found[1]["weight_bytes"]
 
 
-@pytest.mark.parametrize(("name", "asked"), [("families/gemma3", "int8"), ("tiny-llama3", "fp8")])
+@pytest.mark.parametrize(("name", "asked"), [
+    ("families/gemma3", "int8"), pytest.param("tiny-llama3", "fp8", marks=pytest.mark.slow),
+])
 def test_keys_and_values_in_eight_bits_on_two_devices(name: str, asked: str) -> None:
     """Scales are a token's and a head's, and heads are whole: codes are those of one device."""
     found = measured_folder(FIXTURES / name, (1, 2), kv_cache_dtype=asked)
@@ -73,7 +75,8 @@ def test_mxfp4_experts_split_over_two_devices() -> None:
     assert found[2]["weight_bytes"] < 0.7 * found[1]["weight_bytes"], "half of the experts, packed"
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 2, 4)])
 def test_parts_of_several_kinds_on_several_devices(sizes: tuple[int, ...], tmp_path: Path) -> None:
     """Four devices have a copy of a key and value head each."""
     packed, _ = test_gguf_folders.write_folders(tmp_path, Type.Q4_1, others=test_gguf_folders.MIXED)

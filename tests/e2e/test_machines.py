@@ -9,16 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
 from jaxserve.cluster.handshake import SECRET
-from tests.conftest import Server, free_port
+from tests.conftest import FIXTURES, Server, free_port
 from tests.e2e.test_life import SMALL, children, post
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NOTICED_S_MAX = 10.0
 ENVIRONMENT = {SECRET: "a secret of the tests"}
@@ -28,9 +29,9 @@ Pair = tuple[Server, Server]
 @pytest.fixture
 def start_pair(serve, tiny_llama) -> Callable[..., Pair]:
     """Starts leader and follower, and waits until they serve."""
-    def start(*flags: str, wait: bool = True) -> Pair:
+    def start(*flags: str, wait: bool = True, model: Path = tiny_llama) -> Pair:
         shared = (
-            "--model", str(tiny_llama), *SMALL, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
+            "--model", str(model), *SMALL, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
             "--master-port", str(free_port()), *flags,
         )
         leader = serve(*shared, wait=False, environment=ENVIRONMENT)
@@ -73,8 +74,36 @@ def test_two_processes_answer_as_one_and_stop_together(serve, start_pair, tiny_l
     assert answers(leader.url) == expected, "a follower's SIGTERM is left to the leader"
     leader.stop()
     assert follower.wait_exit(NOTICED_S_MAX) == 0
-    leader, follower = start_pair()     # again, from the programs that were kept
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing(start_pair):
+    leader, _ = start_pair()
+    expected = answers(leader.url)
+    leader.stop()
+    leader, _ = start_pair()
     assert "0 compiled" in leader.log() and answers(leader.url) == expected
+
+
+@pytest.mark.slow
+def test_whole_experts_on_two_machines(serve, start_pair):
+    model = FIXTURES / "families" / "qwen3-moe"
+    one = serve("--model", str(model), *SMALL, "--enforce-eager", "--skip-tokenizer-init")
+    expected = ids(one.url)
+    one.stop()
+    leader, _ = start_pair("--enable-expert-parallel", "--skip-tokenizer-init", model=model)
+    assert ids(leader.url) == expected
+
+
+def ids(url: str) -> list[Any]:
+    """Greedy tokens of a few prompts."""
+    replies = [
+        post(url, prompt=[3 + index, 7, 9], max_tokens=12, ignore_eos=True, temperature=0, return_token_ids=True,
+             detokenize=False)
+        for index in range(6)
+    ]
+    assert all(reply.status_code == 200 for reply in replies), replies[0].text
+    return [reply.json()["choices"][0]["token_ids"] for reply in replies]
 
 
 class Stream(threading.Thread):
@@ -98,8 +127,11 @@ class Stream(threading.Thread):
 
 
 @pytest.mark.parametrize(("victim", "number"), [
-    ("follower", signal.SIGKILL), ("engine", signal.SIGKILL), ("leader", signal.SIGKILL),
-    ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP),
+    ("follower", signal.SIGKILL),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("engine", signal.SIGKILL), ("leader", signal.SIGKILL),
+        ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP),
+    )),
 ], ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number):
     leader, follower = start_pair()
@@ -137,6 +169,7 @@ def watch_health(url: str, seen: list[int]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [1.0, 4.0, 8.0])
 def test_a_follower_that_dies_while_starting_ends_the_leader(start_pair, delay_s):
     leader, follower = start_pair(wait=False)
@@ -147,6 +180,17 @@ def test_a_follower_that_dies_while_starting_ends_the_leader(start_pair, delay_s
     assert "process 1" in leader.log()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("delay_s", [0.0, 2.0])
+def test_a_leader_that_dies_while_starting_ends_the_follower(start_pair, delay_s):
+    leader, follower = start_pair(wait=False)
+    leader.wait_for(lambda: "process 1 of 2 is here" in leader.log())
+    time.sleep(delay_s)
+    os.kill(leader.pid, signal.SIGKILL)
+    assert follower.wait_exit(NOTICED_S_MAX) != 0
+
+
+@pytest.mark.slow
 def test_what_differs_is_named_and_nobody_serves(serve, tiny_llama):
     shared = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", "--nnodes", "2", "--master-port",
               str(free_port()))
