@@ -11,7 +11,7 @@ DIMS: dict[str, str] = {
     "D": "model width",
     "E": "experts",
     "F": "mlp hidden width",
-    "G": "query heads a kv head: N / K",
+    "G": "query heads a kv head: N / K; groups of quantisation",
     "H": "head dimension",
     "I": "width in (columns of a stored weight)",
     "J": "history: recent tokens kept a row",
@@ -30,5 +30,5 @@ DIMS: dict[str, str] = {
     "W": "work items of an attention plan",
     "X": "experts a token; alternatives a logprob",
     "Y": "shaping slots: rows with penalties, bias or token masks",
-    "Z": "groups: of quantisation, of experts; slabs",
+    "Z": "groups of experts; slabs",
 }

@@ -263,7 +263,13 @@ def _stack_groups(blocks: list[GroupCodes]) -> GroupCodes:
 
 def _stack_tables(blocks: list[TableCodes]) -> TableCodes:
     outs = [len(block.code_OI) for block in blocks]
-    is_shared = len(blocks[0].table_ET) == 1
+    tables = [block.table_ET for block in blocks]
+    if all(np.array_equal(table, tables[0]) for table in tables) and len(tables[0]) == 1:
+        table_ET = tables[0]
+    else:       # one a row; a part that shares one gets it once a row
+        table_ET = np.concatenate([
+            np.broadcast_to(table, (count, table.shape[1])) for table, count in zip(tables, outs, strict=True)
+        ])
     starts = np.cumsum([0, *outs[:-1]])
     some = [(block, start) for block, start in zip(blocks, starts, strict=True) if block.value_N is not None]
     sparse = {} if not some else {
@@ -276,8 +282,7 @@ def _stack_tables(blocks: list[TableCodes]) -> TableCodes:
         for block, count in zip(blocks, outs, strict=True)
     ]
     return TableCodes(
-        code_OI=_rows(blocks, "code_OI"), table_ET=blocks[0].table_ET if is_shared else _rows(blocks, "table_ET"),
-        scale_OG=np.concatenate(scales), **sparse,
+        code_OI=_rows(blocks, "code_OI"), table_ET=table_ET, scale_OG=np.concatenate(scales), **sparse,
     )
 
 
