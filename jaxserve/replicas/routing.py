@@ -40,11 +40,11 @@ class PrefixRouter(RequestRouter):
             order = familiar_first(
                 order, known, self._ongoing.__getitem__, lambda name: _stat(there[name], "rows", ROWS)
             )
+        self._given[order[0]] += 1      # now: of many that come at once none is routed before all have chosen
         return [[there[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._ongoing[replica_id] += 1
-        self._given[replica_id] += 1
         keys, replica = _keys(pending_request), self.curr_replicas.get(replica_id)
         if keys and replica is not None:
             slots = _stat(replica, "slots", SLOTS)
