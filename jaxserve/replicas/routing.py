@@ -5,7 +5,8 @@ The rule is `engine.familiar`'s, of keys over the prompt's text. Each front reme
 
 from __future__ import annotations
 
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -15,6 +16,7 @@ from jaxserve.replicas.forwarding import KEY_BYTES, Forwarded
 
 TOKEN_BYTES = 4             # of English text, about
 SLOTS, ROWS = 65_536, 64    # of a replica that has not said yet
+MEANT_S_MAX = 10.0
 
 
 class PrefixRouter(RequestRouter):
@@ -25,6 +27,7 @@ class PrefixRouter(RequestRouter):
         self._memories: defaultdict[ReplicaID, PrefixMemory] = defaultdict(PrefixMemory)
         self._ongoing: defaultdict[ReplicaID, int] = defaultdict(int)
         self._given: defaultdict[ReplicaID, int] = defaultdict(int)
+        self._meant: dict[str, tuple[ReplicaID, float]] = {}     # request -> what was chosen for it, and when
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -33,22 +36,31 @@ class PrefixRouter(RequestRouter):
         there = {replica.replica_id: replica for replica in candidate_replicas}
         if not there:
             return []
-        order = sorted(there, key=lambda name: (self._ongoing[name], self._given[name]))
+        load = self._loads()
+        order = sorted(there, key=lambda name: (load[name], self._given[name]))
         keys = _keys(pending_request) if self._follows_prefixes else ()
         if keys:
             known = {name: self._memories[name].known(keys) for name in order}
-            order = familiar_first(
-                order, known, self._ongoing.__getitem__, lambda name: _stat(there[name], "rows", ROWS)
-            )
-        self._given[order[0]] += 1      # now: of many that come at once none is routed before all have chosen
+            order = familiar_first(order, known, load.__getitem__, lambda name: _stat(there[name], "rows", ROWS))
+        if pending_request is not None:
+            self._meant[pending_request.metadata.internal_request_id] = order[0], time.monotonic()
         return [[there[name]] for name in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        self._meant.pop(pending_request.metadata.internal_request_id, None)
         self._ongoing[replica_id] += 1
+        self._given[replica_id] += 1
         keys, replica = _keys(pending_request), self.curr_replicas.get(replica_id)
         if keys and replica is not None:
             slots = _stat(replica, "slots", SLOTS)
             self._memories[replica_id].note(keys, max(1, slots * TOKEN_BYTES // KEY_BYTES))
+
+    def _loads(self) -> Counter[ReplicaID]:
+        """Ongoing requests, and those on their way: of many that come at once all choose before any is routed."""
+        long_ago = time.monotonic() - MEANT_S_MAX
+        while self._meant and (oldest := next(iter(self._meant.items())))[1][1] < long_ago:
+            del self._meant[oldest[0]]      # it was cancelled
+        return Counter(self._ongoing) + Counter(name for name, _ in self._meant.values())
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._ongoing[replica_id] = max(0, self._ongoing[replica_id] - 1)
