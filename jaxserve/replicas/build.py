@@ -29,7 +29,8 @@ def application(arguments: Mapping[str, Any]) -> Application:
     return serve.deployment(
         name="front", num_replicas=scaling.fronts, max_ongoing_requests=WAITING_MAX,
         ray_actor_options={"num_cpus": 0}, health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S, graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=config.frontend.shutdown_timeout + 2 * DRAIN_S,     # it outlives its replicas
     )(serve.ingress()(Front)).bind(replicas)
 
 
