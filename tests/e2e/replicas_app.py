@@ -11,7 +11,11 @@ import json
 import os
 import sys
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # a busy machine with two cores starts Ray's proxy in more than the five seconds that Ray gives it
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
 
 import ray
 from ray import serve

@@ -49,14 +49,16 @@ class Replicas:
 
     def metric(self, name: str) -> dict[str, float]:
         """A metric's value by replica."""
-        page = requests.get(f"{self.url}/metrics", timeout=10).text.splitlines()
-        lines = [line for line in page if line.startswith(name + "{")]
+        lines = [line for line in self._page().splitlines() if line.startswith(name + "{")]
         return {line.split('replica="')[1].split('"')[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+
+    def _page(self) -> str:
+        return requests.get(f"{self.url}/metrics", timeout=60).text
 
     def wait(self, is_so: Any) -> None:
         begin = time.monotonic()
         while not is_so():
-            assert time.monotonic() - begin < WAIT_S_MAX
+            assert time.monotonic() - begin < WAIT_S_MAX, self._page()
             time.sleep(0.1)
 
 
@@ -142,20 +144,24 @@ def check_life(model: str, cache: Path, folder: Path, *, tokens: int, options: d
     with application(folder, free_port(), **options) as replicas:
         check_api(replicas)
         victim, other = replicas.pids()
-        ends: list[str] = []
-        threads = [
-            threading.Thread(target=lambda number=number: ends.append(stream(replicas, number, tokens)))
-            for number in range(STREAMS)
-        ]
+        killed = threading.Event()
+        ends: list[list[str]] = [[] for _ in range(STREAMS)]
+
+        def client(number: int) -> None:
+            """One stream after the other, so that both replicas are busy until one is killed."""
+            while not killed.is_set():
+                ends[number].append(stream(replicas, number, tokens))
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(STREAMS)]
         for thread in threads:
             thread.start()
-        replicas.wait(lambda: len(replicas.metric("vllm:num_requests_running")) == 2 and all(
-            replicas.metric("vllm:num_requests_running").values()
-        ))
+        replicas.wait(lambda: [value > 0 for value in replicas.metric("vllm:num_requests_running").values()] == [True] * 2)
+        killed.set()
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join(WAIT_S_MAX)
-        counts = Counter(ends)
+        assert {end for of_one in ends for end in of_one[:-1]} <= {"whole"}
+        counts = Counter(of_one[-1] for of_one in ends)
         assert set(counts) <= {"whole", "503", "event 503"}, counts
         assert counts["whole"] >= STREAMS // 2 - 4 and counts["event 503"] + counts["503"] > 0, counts
         assert stream(replicas, 1, 4) == "whole", "the other one serves"
