@@ -96,6 +96,8 @@ def begin(
         position_T=step.position_T, row_T=step.row_T, page_RM=page_RM, work=step.work, is_long_T=is_long_T
     )
     x_TD, turns = model.apply({"params": params}, token_T, context, method="embed")
+    # Padding begins as zeros and mostly stays so: native products leave such rows out.
+    x_TD = jnp.where((step.row_T < last_token_R.shape[0])[:, None], x_TD, jnp.zeros((), x_TD.dtype))
     return Begun(x_TD, turns, context, step.sample_token_B, step.sample_row_B, step.sample_position_B)
 
 

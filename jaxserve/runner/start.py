@@ -23,7 +23,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import KvGroupShape, RunnerShape
 from jaxserve.runner import rows
-from jaxserve.runner.buckets import Buckets, choose_buckets, smallest_size
+from jaxserve.runner.buckets import Buckets, choose_buckets, skips_padding, smallest_size
 from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
 from jaxserve.runner.draft_model import DraftModel
@@ -105,13 +105,15 @@ def settle(
     vocab_size, is_cpu = spec.vocab_size, target.is_cpu
     spec = device_spec(spec, mesh)
     row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
+    itemsize = jnp.dtype(dtype).itemsize
     size_min = smallest_size(
-        spec, itemsize=jnp.dtype(dtype).itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
+        spec, itemsize=itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
     )
     samples_max = _samples_max(config, row_count, tokens_max)
     buckets = functools.partial(
         choose_buckets, rows_max=samples_max or row_count, size_min=size_min, is_cpu=is_cpu,
         is_eager=config.compilation.enforce_eager,
+        skips_padding=skips_padding(spec, itemsize=itemsize, is_cpu=is_cpu),
     )
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,

@@ -20,7 +20,6 @@ EXPONENT = 0x7F80   # a bfloat16 with all of these bits is not finite
 
 ORDER = list(range(LANES))
 DECLARATIONS = """
-declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare i1 @llvm.vector.reduce.or.v32i1(<32 x i1>)
 """
 

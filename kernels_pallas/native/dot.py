@@ -5,6 +5,7 @@ every row and weight row of the block and multiplies them: 32 bfloat16 pairwise 
 by four (AVX512-VNNI `vpdpbusd`, which takes one side unsigned: weights get 128 more, and who calls takes away 128 times
 the sum of the row). At the end 15 additions turn the 16 sums of 16 lanes into one register. Chunk: tiles of 16
 outputs, all rows; weights are read from memory once, rows stay in the caches.
+Rows of zeros at the end, which is what padding is, are not multiplied: their results are zeros, too.
 Traffic: O · I weights, 2 bytes or 1; bound by memory up to some 16 rows, by the multipliers beyond.
 Invariant: a row's result is made by the same additions in the same order whatever the other rows are, and however many.
 """
@@ -33,6 +34,7 @@ class Numbers:
       name: of the kernel.  item: LLVM's type of a number.  count: numbers of a register.  sum: type of a sum.
       bits: an integer as wide as a number.  declarations: what the IR uses.
       multiply: IR of sum + row · weight, of three names.  weight: IR of a weight register %{0} from %{0}_in, or "".
+      magnitude: the bits of 8 bytes that tell a number from zero; there may be a sign.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Numbers:
     bits: str
     declarations: str
     multiply: Callable[[str, str, str], str]
+    magnitude: int
     weight: str = ""
 
     @property
@@ -59,12 +62,14 @@ BFLOAT16 = Numbers(
     name="jaxserve_dot", item="bfloat", count=PAIRS, sum="float", bits="i16",
     declarations="declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)\n",
     multiply=lambda before, row, weight: dot_pairs(f"<16 x float> {before}", row, weight),
+    magnitude=0x7FFF_7FFF_7FFF_7FFF,
 )
 INT8 = Numbers(
     name="jaxserve_dot_i8", item="i32", count=2 * PAIRS, sum="i32", bits="i8",
     declarations="declare <64 x i8> @llvm.masked.load.v64i8.p0(ptr, i32, <64 x i1>, <64 x i8>)\n"
     "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n",
     multiply=_multiply_int8,
+    magnitude=-1,
     weight="  %{0} = xor <16 x i32> %{0}_in, splat (i32 -2139062144)",      # 0x80808080: 128 more, unsigned
 )
 
@@ -75,9 +80,53 @@ def kernel(numbers: Numbers) -> str:
 
 
 def products(numbers: Numbers) -> str:
-    """IR of @NAME_RxO(x, weight, out, T, O, I, first output, end), for all blocks."""
+    """IR of @NAME_RxO(x, weight, out, T, O, I, first output, end), for all blocks, and of @NAME_rows."""
     blocks = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
-    return "\n".join([numbers.declarations, *blocks])
+    return "\n".join([numbers.declarations, *blocks, _rows(numbers)])
+
+
+def _rows(numbers: Numbers) -> str:
+    """@NAME_rows: how many rows of x there are without those of zeros at its end, but one; results of those are cleared.
+
+    Rows that are no whole cache lines are all taken for others.
+    """
+    line = f"<8 x i64> splat (i64 {numbers.magnitude})"
+    return f"""
+define internal i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T, i64 %O, i64 %I) noinline {{
+entry:
+  %row_bytes = mul i64 %I, {numbers.bytes}
+  %odd = and i64 %row_bytes, 63
+  %is_odd = icmp ne i64 %odd, 0
+  %all_bytes = mul i64 %row_bytes, %T
+  br i1 %is_odd, label %all, label %line
+all:
+  ret i64 %T
+line:
+  %end = phi i64 [%all_bytes, %entry], [%at, %zeros]
+  %at = sub i64 %end, 64
+  %is_first = icmp slt i64 %at, %row_bytes
+  br i1 %is_first, label %found, label %look
+look:
+  %line_at = getelementptr i8, ptr %x, i64 %at
+  %bits = load <8 x i64>, ptr %line_at, align 8
+  %sizes = and <8 x i64> %bits, {line.removeprefix("<8 x i64> ")}
+  %any = call i64 @llvm.vector.reduce.or.v8i64(<8 x i64> %sizes)
+  %is_zero = icmp eq i64 %any, 0
+  br i1 %is_zero, label %zeros, label %found
+zeros:
+  br label %line
+found:
+  %last = udiv i64 %at, %row_bytes
+  %rows = add i64 %last, 1
+  %cleared = sub i64 %T, %rows
+  %out_bytes = mul i64 %O, 4
+  %clear_bytes = mul i64 %cleared, %out_bytes
+  %clear_item = mul i64 %rows, %out_bytes
+  %clear_at = getelementptr i8, ptr %out, i64 %clear_item
+  call void @llvm.memset.p0.i64(ptr %clear_at, i8 0, i64 %clear_bytes, i1 false)
+  ret i64 %rows
+}}
+"""
 
 
 def _pointers(numbers: Numbers, kind: str, count: int) -> str:
@@ -261,9 +310,10 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %x = call ptr @data(ptr %x_buffer)
   %weight = call ptr @data(ptr %weight_buffer)
   %out = call ptr @data(ptr %out_buffer)
-  %T = call i64 @size(ptr %x_buffer, i64 0)
+  %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %weight_buffer, i64 0)
+  %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %O, i64 %I)
   %above = add i64 %O, {TILE - 1}
   %tiles = udiv i64 %above, {TILE}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})

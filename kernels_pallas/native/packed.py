@@ -285,9 +285,10 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
 {buffers}
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
   %out = call ptr @data(ptr %out_buffer)
-  %T = call i64 @size(ptr %x_buffer, i64 0)
+  %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %code_buffer, i64 0)
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %O, i64 %I)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
   %above = add i64 %O, {dot.TILE - 1}

@@ -66,9 +66,10 @@ def test_a_default_pool_yields_to_what_is_left():
     assert grant(budget=budget, weight_bytes=67 * MIB).groups[0].page_count == 512
 
 
-def buckets_of(tokens_max, rows_max, *, size_min=1, is_cpu=True, is_eager=False):
+def buckets_of(tokens_max, rows_max, *, size_min=1, is_cpu=True, is_eager=False, skips_padding=False):
     return choose_buckets(
-        tokens_max=tokens_max, rows_max=rows_max, size_min=size_min, is_cpu=is_cpu, is_eager=is_eager
+        tokens_max=tokens_max, rows_max=rows_max, size_min=size_min, is_cpu=is_cpu, is_eager=is_eager,
+        skips_padding=skips_padding,
     )
 
 
@@ -83,13 +84,23 @@ def test_buckets_are_few_and_end_at_the_maxima():
         holder(buckets.tokens, 1001)
 
 
-@pytest.mark.parametrize("is_cpu", [True, False])
-def test_padding_to_the_next_bucket_never_nearly_doubles_a_step(is_cpu):
-    from jaxserve.runner.buckets import CPU_TOKENS, GPU, _cost
+@pytest.mark.parametrize("costs", ["CPU_TOKENS", "NATIVE_TOKENS", "GPU"])
+def test_padding_to_the_next_bucket_never_nearly_doubles_a_step(costs):
+    from jaxserve.runner import buckets
 
-    costs, buckets = CPU_TOKENS if is_cpu else GPU, buckets_of(8192, 256, is_cpu=is_cpu)
+    of, is_native = getattr(buckets, costs).of, costs == "NATIVE_TOKENS"
+    sizes = buckets_of(8192, 256, is_cpu=costs != "GPU", skips_padding=is_native).tokens
     for count in range(1, 8193, 7):
-        assert _cost(holder(buckets.tokens, count), costs) <= 1.6 * _cost(count, costs), count
+        assert of(count, holder(sizes, count)) <= (1.15 if is_native else 1.6) * of(count, count), count
+
+
+def test_where_products_leave_padding_out_fewer_sizes_do():
+    from jaxserve.runner.buckets import skips_padding
+
+    assert buckets_of(256, 16, skips_padding=True).tokens == (1, 6, 16, 32, 64, 128, 256)
+    assert skips_padding(tiny_spec(), itemsize=2, is_cpu=True) == (not native.refusals())
+    assert not skips_padding(tiny_spec(), itemsize=4, is_cpu=True)
+    assert not skips_padding(tiny_spec(), itemsize=2, is_cpu=False)
 
 
 def test_one_row_has_a_bucket_only_where_lanes_multiply_it(tmp_path):

@@ -64,6 +64,26 @@ def test_non_finite_numbers_stay_in_their_row():
 
 
 @here
+@pytest.mark.parametrize(("real", "tokens"), [(0, 1), (0, 5), (1, 2), (2, 16), (5, 40), (16, 16)])
+@pytest.mark.parametrize("width", [64, 33])
+def test_rows_of_zeros_at_the_end_change_nothing_and_are_zeros(real, tokens, width):
+    x = numbers((tokens, width)).at[real:].set(0).at[real:, 0].set(-0.0).at[: real // 2].set(0)
+    weight = numbers((50, width), 1)
+    got = np.asarray(jax.jit(api.matmul)(x, weight))
+    assert (got[real:] == 0).all()
+    for row in range(real):
+        np.testing.assert_array_equal(got[row], np.asarray(jax.jit(api.matmul)(x[row : row + 1], weight))[0])
+
+
+@here
+def test_a_last_row_of_one_small_number_is_multiplied():
+    smallest = jnp.asarray(jax.lax.bitcast_convert_type(jnp.uint16(1), jnp.bfloat16))
+    x = jnp.zeros((6, 64), jnp.bfloat16).at[5, 63].set(1).at[4, 0].set(smallest)
+    got = np.asarray(jax.jit(api.matmul)(x, jnp.ones((16, 64), jnp.bfloat16)))
+    assert (got[5] == 1).all() and (got[:4] == 0).all()
+
+
+@here
 def test_many_products_at_once_from_several_threads():
     from concurrent.futures import ThreadPoolExecutor
 
