@@ -7,6 +7,7 @@ gather what it should leave split.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from math import e, inf, log2
 
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, blocks, dot, host, packed
+from kernels_pallas.native import attend, blocks, dot, host, packed, queries
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul.weights import PackedWeight
 from kernels_pallas.work import AttentionWork
 
 NO_WINDOW = 1 << 30
 LOG2_E = log2(e)
+SHARES_MIN = 4               # of a step's attention, for each thread: they end at about the same time
 INT8_INPUTS_MAX = 65_000     # products of 255 and 127, summed in int32
 
 
@@ -136,9 +138,16 @@ def paged_decode(
         out_TNH = _attend(
             q_TNH, k_PKSH, v_PKSH, page_RM,
             (work.decode_token_W, work.decode_row_W, work.decode_length_W - 1, size_W), scale, window, sink_N,
+            span=decode_span(size_W.shape[0], q_TNH.shape[1], k_PKSH.shape[1]),
         )
         is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < work.decode_count
         return jnp.where(is_decode_T[:, None, None], out_TNH, 0).astype(q_TNH.dtype)
+
+
+def decode_span(entries: int, heads: int, kv_heads: int) -> int:
+    """Decode entries that a thread takes at a time: a batch of queries, unless that left threads without work."""
+    in_batch = queries.BATCH * kv_heads // heads
+    return max(1, min(in_batch, entries * kv_heads // (SHARES_MIN * len(os.sched_getaffinity(0)))))
 
 
 def paged_prefill(
@@ -152,7 +161,7 @@ def paged_prefill(
     with jax.named_scope("paged_prefill"):
         out_TNH = _attend(
             q_TNH, k_PKSH, v_PKSH, page_RM,
-            (work.tile_token_W, work.tile_row_W, work.tile_position_W, work.tile_size_W), scale, window, sink_N,
+            (work.tile_token_W, work.tile_row_W, work.tile_position_W, work.tile_size_W), scale, window, sink_N, span=1,
         )
         token_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32)
         is_tiled_T = (token_T >= first) & (token_T < last)
@@ -161,15 +170,18 @@ def paged_prefill(
 
 def _attend(
     q_TNH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, items: tuple[Array, Array, Array, Array],
-    scale: float, window: int | None, sink_N: Array | None,
+    scale: float, window: int | None, sink_N: Array | None, *, span: int,
 ) -> Array:
     """Float32 [T, N, H]; tokens of no item hold anything.
 
     Args:
       items: first token, row, first position and size of each; all int32.
+      span: how many items a thread takes at a time; those beside each other share what they read of the same pages.
     """
     _, N, H = q_TNH.shape
-    settings = jnp.array([NO_WINDOW if window is None else window, N, k_PKSH.shape[2], page_RM.shape[1], H], jnp.int32)
+    settings = jnp.array(
+        [NO_WINDOW if window is None else window, N, k_PKSH.shape[2], page_RM.shape[1], H, span], jnp.int32
+    )
     sinks_N = jnp.full(N, -inf, jnp.float32) if sink_N is None else sink_N.astype(jnp.float32) * LOG2_E
     call = jax.ffi.ffi_call(host.targets()[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32))
     return call(q_TNH, k_PKSH, v_PKSH, page_RM, *items, settings, jnp.full(1, scale * LOG2_E, jnp.float32), sinks_N)

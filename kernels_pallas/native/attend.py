@@ -1,9 +1,11 @@
 """Attention over paged bfloat16 keys and values, for decode entries and for tiles of prompt tokens alike.
 
-Item: consecutive query tokens of one sequence. Chunk: one item and one kv head, whose (token, head) queries all read
-the same context: block after block (`blocks`) for batch after batch of them (`queries`), by online softmax in float32.
+Item: consecutive query tokens of one sequence. Chunk: one or some items and one kv head; block after block of context
+(`blocks`) for those items that keep it in the same pages (`items`), batch after batch of their (token, head) queries
+(`queries`), by online softmax in float32.
 Weights are rounded to bfloat16 for the products with values, as XLA's form rounds them.
-Traffic: keys and values of an item's context once from memory; a block's buffers (H x 512 bytes) stay in the caches.
+Traffic: keys and values of an item's context once from memory, what neighbours share once for all of them; a block's
+buffers (H x 512 bytes) stay in the caches.
 Invariant: a query's result comes of its own slots alone, by the same additions in the same order beside any others:
 what it may not see weighs nothing, whatever it holds. Where a value that only some queries see is not finite (0 x NaN
 is NaN), each query of the block gets values of its own.
@@ -11,8 +13,9 @@ is NaN), each query of the block gets values of its own.
 
 from __future__ import annotations
 
-from kernels_pallas.native import blocks, queries
+from kernels_pallas.native import blocks, items, queries
 from kernels_pallas.native.blocks import BLOCK, SOURCE
+from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
 from kernels_pallas.native.vectors import LANES, broadcast
@@ -21,12 +24,15 @@ NAME = "jaxserve_attend"
 DIM_MAX = 256
 
 POINTERS = ("q", "k", "v", "pages", "tokens", "rows", "positions", "sizes", "settings", "scale", "sinks", "out")
-WORDS = [(name, "ptr") for name in POINTERS] + [("K", "i64")]
+WORDS = [(name, "ptr") for name in POINTERS] + [("K", "i64"), ("all_items", "i64")]
+SETTINGS = ("window", "N", "S", "M", "H", "span")     # int32
 
 
 def kernel() -> str:
     """IR of all parts, the chunk, and the setup."""
-    return "\n".join([blocks.parts(), queries.parts(), _begin(), _finish(), _chunk(), _setup()])
+    return "\n".join([
+        blocks.parts(), queries.parts(), _begin(), _finish(), _run(), items.parts(), _chunk(), _setup()
+    ])
 
 
 def _begin() -> str:
@@ -80,12 +86,36 @@ entry:
 """
 
 
-def _turn() -> str:
-    """A block: fills the buffers, then takes batches; one by one where what some do not see is not finite."""
+def _run() -> str:
+    """@attend_run: a block of a run of items that keep it in the same pages: fills the buffers, then takes batches.
+
+    One by one where what some do not see is not finite.
+    """
     source = SOURCE.removeprefix("ptr %pages, ")
     own = source.replace("%low", "%low_first").replace("%high", "%end_first")
-    batch = f"""{queries.read("end", "%query", "_first")}
-  %left = sub i64 %queries, %query
+    return f"""
+define internal void @attend_run({RUN}) noinline {{
+entry:
+  call void @attend_block_keys(ptr %k, {source}, ptr %keys)
+  call void @attend_block_values(ptr %v, {source}, ptr %values)
+  %at_past = add i64 %at, {BLOCK}
+  %is_past_first = icmp sgt i64 %at_past, %first_end
+  %is_before_last = icmp slt i64 %at, %last_low
+  %is_edge = or i1 %is_past_first, %is_before_last
+  %is_partial = and i1 %is_edge, %is_many
+  br i1 %is_partial, label %look, label %batches
+look:
+  %is_finite = call i1 @attend_is_finite(ptr %values, i64 %H)
+  %is_not_finite = xor i1 %is_finite, true
+  br label %batches
+batches:
+  %is_careful = phi i1 [false, %entry], [%is_not_finite, %look]
+  %batch_size = select i1 %is_careful, i64 1, i64 {BATCH}
+  br label %batches_loop
+batches_loop:
+  %query = phi i64 [%query_first, %batches], [%query_next, %batch_end]
+{queries.read("end", "%query", "_first")}
+  %left = sub i64 %query_stop, %query
   %count = call i64 @llvm.smin.i64(i64 %left, i64 %batch_size)
   %query_next = add i64 %query, %count
   %query_last = sub i64 %query_next, 1
@@ -101,7 +131,8 @@ careful:                                        ; 0 x NaN is NaN: what this quer
   call void @attend_block_values(ptr %v, {own}, ptr %values)
   br label %batch
 batch:
-  %slots_left = sub i64 %end_last, %at
+  %end_most = call i64 @llvm.smax.i64(i64 %end_first, i64 %end_last)    ; tiles rise, decodes fall
+  %slots_left = sub i64 %end_most, %at
   %slots = call i64 @llvm.smin.i64(i64 %slots_left, i64 {BLOCK})
   %slots_even = add i64 %slots, 1
   %pairs = udiv i64 %slots_even, 2
@@ -110,62 +141,64 @@ batch:
     float %scale_power)
   call void @attend_sums(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs)
   br label %batch_end
-batch_end:"""
-    return f"""  call void @attend_block_keys(ptr %k, {source}, ptr %keys)
-  call void @attend_block_values(ptr %v, {source}, ptr %values)
-  %at_past = add i64 %at, {BLOCK}
-  %is_past_first = icmp sgt i64 %at_past, %first_end
-  %is_before_last = icmp slt i64 %at, %last_low
-  %is_edge = or i1 %is_past_first, %is_before_last
-  %is_partial = and i1 %is_edge, %is_many
-  br i1 %is_partial, label %look, label %batches
-look:
-  %is_finite = call i1 @attend_is_finite(ptr %values, i64 %H)
-  %is_not_finite = xor i1 %is_finite, true
-  br label %batches
-batches:
-  %is_careful = phi i1 [false, %at_loop], [%is_not_finite, %look]
-  %batch_size = select i1 %is_careful, i64 1, i64 {BATCH}
-  br label %batches_loop
-batches_loop:
-  %query = phi i64 [0, %batches], [%query_next, %batch_end]
-{batch}
-  %more = icmp slt i64 %query_next, %queries
-  br i1 %more, label %batches_loop, label %batches_end
-batches_end:"""
+batch_end:
+  %more = icmp slt i64 %query_next, %query_stop
+  br i1 %more, label %batches_loop, label %exit
+exit:
+  ret void
+}}
+"""
 
 
 def _chunk() -> str:
-    """@NAME_chunk: chunk = item * K + kv head; items of size 0 are padding."""
-    of_item = joined([
-        f"  %{name}_at = getelementptr i32, ptr %{name}s, i64 %item\n"
-        f"  %{name}_short = load i32, ptr %{name}_at\n"
-        f"  %{name} = sext i32 %{name}_short to i64" for name in ("token", "row", "position", "size")
-    ])
+    """@NAME_chunk: chunk = group of items * K + kv head."""
     settings = joined([
         f"  %{name}_at = getelementptr i32, ptr %settings, i64 {index}\n"
         f"  %{name}_short = load i32, ptr %{name}_at\n"
-        f"  %{name} = sext i32 %{name}_short to i64" for index, name in enumerate(("window", "N", "S", "M", "H"))
+        f"  %{name} = sext i32 %{name}_short to i64" for index, name in enumerate(SETTINGS)
     ])
+    begin = f"""  %note = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %n
+  %number_at = getelementptr i64, ptr %note, i64 {ITEM["number"][1]}
+  %number = load i64, ptr %number_at
+  %of_item_at = getelementptr i64, ptr %note, i64 {ITEM["queries"][1]}
+  %of_item = load i64, ptr %of_item_at
+  %base_at = getelementptr i64, ptr %note, i64 {ITEM["query"][1]}
+  %base = load i64, ptr %base_at
+  %base_byte = mul i64 %base, {STATE_BYTES}
+  %own_states = getelementptr i8, ptr %states, i64 %base_byte
+  %token_at = getelementptr i32, ptr %tokens, i64 %number
+  %token_short = load i32, ptr %token_at
+  %token = sext i32 %token_short to i64
+  %position_at = getelementptr i32, ptr %positions, i64 %number
+  %position_short = load i32, ptr %position_at
+  %position = sext i32 %position_short to i64
+  call void @attend_begin(ptr %out, ptr %own_states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token,
+    i64 %position, i64 %of_item)"""
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
 entry:
 {loaded(WORDS)}
-  %item = udiv i64 %chunk, %K
-  %kv_head = urem i64 %chunk, %K
-{of_item}
-  %is_item = icmp sgt i64 %size, 0
-  br i1 %is_item, label %begin, label %exit
-begin:
 {settings}
-  %table_item = mul i64 %row, %M
-  %table = getelementptr i32, ptr %pages, i64 %table_item
+  %group = udiv i64 %chunk, %K
+  %kv_head = urem i64 %chunk, %K
+  %item_first = mul i64 %group, %span
+  %item_far = add i64 %item_first, %span
+  %item_stop = call i64 @llvm.smin.i64(i64 %item_far, i64 %all_items)
+  %G = udiv i64 %N, %K
+  %items = alloca [{ITEM_WORDS} x i64], i64 %span, align 64
+  %noted = call {{ i64, i64, i64, i64 }} @attend_items(ptr %pages, ptr %rows, ptr %positions, ptr %sizes, ptr %items,
+    i64 %M, i64 %G, i64 %window, i64 %item_first, i64 %item_stop)
+  %item_count = extractvalue {{ i64, i64, i64, i64 }} %noted, 0
+  %queries = extractvalue {{ i64, i64, i64, i64 }} %noted, 1
+  %high = extractvalue {{ i64, i64, i64, i64 }} %noted, 2
+  %low = extractvalue {{ i64, i64, i64, i64 }} %noted, 3
+  %is_any = icmp sgt i64 %item_count, 0
+  br i1 %is_any, label %begin, label %exit
+begin:
   %slots_size = mul i64 %S, %H
   %page_step = mul i64 %slots_size, %K
   %head_step = mul i64 %slots_size, %kv_head
-  %G = udiv i64 %N, %K
   %head_first = mul i64 %kv_head, %G
-  %queries = mul i64 %size, %G
   %scale_power = load float, ptr %scale
   %buffer_bytes = mul i64 %H, {4 * BLOCK // 2}
   %keys = alloca i8, i64 %buffer_bytes, align 64
@@ -174,16 +207,9 @@ begin:
   %weights = alloca [{BATCH * BLOCK} x bfloat], align 64
   %states_bytes = mul i64 %queries, {STATE_BYTES}
   %states = alloca i8, i64 %states_bytes, align 64
-  %is_many = icmp sgt i64 %size, 1
-  %first_end = add i64 %position, 1
-  %high = add i64 %position, %size              ; slots that some query sees: [low, high)
-  %first_low = sub i64 %first_end, %window
-  %low = call i64 @llvm.smax.i64(i64 %first_low, i64 0)
-  %last_low = sub i64 %high, %window
-  call void @attend_begin(ptr %out, ptr %states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token,
-    i64 %position, i64 %queries)
+{loop("n", "0", "%item_count", 1, begin, "begin")}
   %first_block = and i64 %low, {-BLOCK}
-{loop("at", "%first_block", "%high", BLOCK, _turn(), "begin")}
+{loop("at", "%first_block", "%high", BLOCK, f"  call void @attend_block({BLOCK_OF_ITEMS})", "n_end")}
   call void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries)
   br label %exit
 exit:
@@ -204,9 +230,15 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
   %out = call ptr @data(ptr %out_buffer)
   %K = call i64 @size(ptr %k_buffer, i64 1)
-  %items = call i64 @size(ptr %tokens_buffer, i64 0)
+  %all_items = call i64 @size(ptr %tokens_buffer, i64 0)
+  %span_at = getelementptr i32, ptr %settings, i64 {SETTINGS.index("span")}
+  %span_short = load i32, ptr %span_at
+  %span = sext i32 %span_short to i64
 {stored(WORDS)}
-  %chunks = mul i64 %items, %K
+  %items_more = add i64 %all_items, %span
+  %items_above = sub i64 %items_more, 1
+  %groups = udiv i64 %items_above, %span
+  %chunks = mul i64 %groups, %K
   ret i64 %chunks
 }}
 """

@@ -86,9 +86,9 @@ def products(numbers: Numbers) -> str:
 
 
 def _rows(numbers: Numbers) -> str:
-    """@NAME_rows: how many rows of x there are without those of zeros at its end, but one; results of those are cleared.
+    """@NAME_rows: how many rows x has without those of zeros at its end (one at least); it clears the results of those.
 
-    Rows that are no whole cache lines are all taken for others.
+    Where rows are no whole cache lines it does not look.
     """
     line = f"<8 x i64> splat (i64 {numbers.magnitude})"
     return f"""

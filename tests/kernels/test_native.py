@@ -84,6 +84,46 @@ def test_a_last_row_of_one_small_number_is_multiplied():
 
 
 @here
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("broken", [False, True])
+def test_decodes_that_share_pages_get_the_bits_they_get_alone(window, broken):
+    """Six rows: five with a common beginning of 9 pages, of which two and two share three more; and an entry of padding."""
+    rng, N, K, H, pages = np.random.default_rng(0), 6, 2, 64, 16
+    table_RM = 1 + np.arange(6 * pages, dtype=np.int32).reshape(6, pages)
+    table_RM[:5, :9] = table_RM[0, :9]
+    table_RM[2, 9:12], table_RM[4, 9:12] = table_RM[1, 9:12], table_RM[3, 9:12]
+    length = np.array([240, 201, 200, 150, 145, 130, 0], np.int32)
+    k_PKSH, v_PKSH = numbers((1 + 6 * pages, K, 16, H)), numbers((1 + 6 * pages, K, 16, H), 1)
+    if broken:      # position 147 of the row of 150, in a block that is read for the one of 145, too; and what none sees
+        v_PKSH = v_PKSH.at[table_RM[3, 9], :, 3].set(jnp.nan).at[table_RM[3, 9], :, 6:].set(jnp.inf)
+    q_TNH = jnp.asarray(rng.standard_normal((7, N, H)), jnp.bfloat16)
+    items = (
+        np.arange(7, dtype=np.int32), np.array([*range(6), 0], np.int32), length - 1, np.minimum(length, 1),
+    )
+
+    def attend(span: int) -> np.ndarray:
+        out = api._attend(
+            q_TNH, k_PKSH, v_PKSH, jnp.asarray(table_RM), tuple(map(jnp.asarray, items)), H**-0.5, window, None,
+            span=span,
+        )
+        return np.asarray(out)[:6]
+
+    alone = attend(1)
+    assert np.isfinite(alone[[0, 1, 2, 4, 5]]).all() and np.isfinite(alone[3]).all() != broken
+    for span in (2, 3, 5, 7):
+        np.testing.assert_array_equal(attend(span), alone)
+
+
+@here
+def test_threads_are_not_left_without_work_by_sharing():
+    cores = len(os.sched_getaffinity(0))
+    assert api.decode_span(1, 9, 3) == 1
+    assert api.decode_span(1000 * cores, 9, 3) == 5
+    assert api.decode_span(1000 * cores, 64, 2) == 1
+    assert api.decode_span(3 * api.SHARES_MIN * cores, 2, 1) == 3
+
+
+@here
 def test_many_products_at_once_from_several_threads():
     from concurrent.futures import ThreadPoolExecutor
 
