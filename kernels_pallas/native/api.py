@@ -9,20 +9,22 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from math import e, inf, log2
+from math import inf, pi, sqrt
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, blocks, dot, host, packed, queries
+from kernels_pallas.native import attend, blocks, dot, gated, host, packed, queries
+from kernels_pallas.native.vectors import LOG2_E
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul.weights import PackedWeight
 from kernels_pallas.work import AttentionWork
 
 NO_WINDOW = 1 << 30
-LOG2_E = log2(e)
+GELU = 2 * sqrt(2 / pi)
+GATES = {"silu": (1.0, 0.0), "gelu_tanh": (GELU, 0.044715 * GELU)}      # see `gated`
 SHARES_MIN = 4               # of a step's attention, for each thread: they end at about the same time
 INT8_INPUTS_MAX = 65_000     # products of 255 and 127, summed in int32
 
@@ -68,6 +70,25 @@ def matmul(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ of bfloat16 in float32, [T, O]; a row gives the same bits beside any others."""
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(host.targets()[dot.BFLOAT16.name], shape)(x_TI, weight_OI)
+
+
+def serves_gated(dtype: DTypeLike, width: int, activation: str) -> bool:
+    """Whether `matmul_gated` takes weights of this type and 2 x `width` outputs here."""
+    return activation in GATES and serves_dot(dtype, width)
+
+
+def matmul_gated(x_TI: Array, weight_OI: Array, activation: str) -> Array:
+    """act(x · gateᵀ) * (x · upᵀ) in bfloat16, [T, O / 2]; rows of the weight are gate, then up.
+
+    Products are rounded to bfloat16 first; what comes of them is computed in float32. A row gives the same bits beside
+    any others.
+
+    Args:
+      activation: one of GATES.
+    """
+    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0] // 2), jnp.bfloat16)
+    factors = jnp.array(GATES[activation], jnp.float32)
+    return jax.ffi.ffi_call(host.targets()[gated.NAME], shape)(x_TI, weight_OI, factors)
 
 
 def matmul_int8(x_TI: Array, weight_OI: Array) -> Array:

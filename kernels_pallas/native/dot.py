@@ -88,11 +88,11 @@ def products(numbers: Numbers) -> str:
 def _rows(numbers: Numbers) -> str:
     """@NAME_rows: how many rows x has without those of zeros at its end (one at least); it clears the results of those.
 
-    Where rows are no whole cache lines it does not look.
+    `out_bytes` are those of a row of results. Where rows are no whole cache lines it does not look.
     """
     line = f"<8 x i64> splat (i64 {numbers.magnitude})"
     return f"""
-define internal i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T, i64 %O, i64 %I) noinline {{
+define internal i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T, i64 %I, i64 %out_bytes) noinline {{
 entry:
   %row_bytes = mul i64 %I, {numbers.bytes}
   %odd = and i64 %row_bytes, 63
@@ -119,7 +119,6 @@ found:
   %last = udiv i64 %at, %row_bytes
   %rows = add i64 %last, 1
   %cleared = sub i64 %T, %rows
-  %out_bytes = mul i64 %O, 4
   %clear_bytes = mul i64 %cleared, %out_bytes
   %clear_item = mul i64 %rows, %out_bytes
   %clear_at = getelementptr i8, ptr %out, i64 %clear_item
@@ -313,7 +312,8 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %weight_buffer, i64 0)
-  %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %O, i64 %I)
+  %out_bytes = mul i64 %O, 4
+  %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %above = add i64 %O, {TILE - 1}
   %tiles = udiv i64 %above, {TILE}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})

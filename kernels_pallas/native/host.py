@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from kernels_pallas.native import attend, dot, packed, runtime, vectors
+from kernels_pallas.native import attend, dot, gated, packed, runtime, vectors
 
 FEATURE = "avx512bf16"
 SWITCH = "KERNELS_PALLAS_NATIVE"      # environment: 0 or off leaves everything to XLA
@@ -94,7 +94,7 @@ def _header() -> Path:
 
 
 def _plain() -> tuple[list[str], str]:
-    kernels = {dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), attend.NAME: attend.kernel()}
+    kernels = {dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(), attend.NAME: attend.kernel()}
     return list(kernels), _module([vectors.power_of_two()], kernels)
 
 

@@ -288,7 +288,8 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %code_buffer, i64 0)
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %O, i64 %I)
+  %out_bytes = mul i64 %O, 4
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
   %above = add i64 %O, {dot.TILE - 1}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from math import factorial, log
+from math import e, factorial, log, log2
 
 LANES = 16
+LOG2_E = log2(e)
 PAIRS = 32          # bfloat16 numbers of a register, multiplied two by two
 
 DECLARATIONS = """

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.layers.mlp import ACTIVATIONS
 from kernels_pallas.native import api, attend, blocks, host
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
@@ -76,6 +77,37 @@ def test_rows_of_zeros_at_the_end_change_nothing_and_are_zeros(real, tokens, wid
 
 
 @here
+@pytest.mark.parametrize(("tokens", "width", "outs"), [(1, 64, 16), (2, 96, 50), (5, 576, 40), (33, 33, 100)])
+@pytest.mark.parametrize("activation", sorted(api.GATES))
+def test_gated_products_are_products_and_then_the_activation(activation, tokens, width, outs):
+    x, weight = numbers((tokens, width)), numbers((2 * outs, width), 1)
+    multiply = jax.jit(api.matmul_gated, static_argnums=2)
+    gate, up = jnp.split(api.matmul(x, weight).astype(jnp.bfloat16).astype(jnp.float32), 2, axis=-1)
+    wanted = np.asarray(ACTIVATIONS[activation](gate) * up, np.float64)
+    got = multiply(x, weight, activation)
+    assert got.dtype == jnp.bfloat16 and got.shape == (tokens, outs)
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8, atol=1e-5 * np.abs(wanted).max())
+    padded = jnp.concatenate([x, jnp.zeros((3, width), jnp.bfloat16)])
+    np.testing.assert_array_equal(multiply(padded, weight, activation)[:tokens], got)
+    assert (np.asarray(multiply(padded, weight, activation)[tokens:], np.float32) == 0).all()
+    np.testing.assert_array_equal(multiply(x[-1:], weight, activation)[0], got[-1])
+
+
+@here
+@pytest.mark.parametrize("activation", sorted(api.GATES))
+def test_gates_of_any_size_are_as_the_activation_has_them(activation):
+    """A gate of -inf .. inf beside an up-projection of 1; NaN stays NaN."""
+    gates = jnp.asarray([-jnp.inf, -300, -88.5, -20, -1, -0.0, 0, 1e-3, 1, 20, 300, jnp.inf, jnp.nan], jnp.bfloat16)
+    x = jnp.zeros((len(gates), 32), jnp.bfloat16).at[:, 0].set(gates).at[:, 1].set(1)
+    weight = jnp.zeros((32, 32), jnp.bfloat16).at[:16, 0].set(1).at[16:, 1].set(1)
+    got = np.asarray(api.matmul_gated(x, weight, activation)[:, 0], np.float32)
+    wanted = np.asarray(ACTIVATIONS[activation](gates.astype(jnp.float32)), np.float32)
+    np.testing.assert_allclose(got[1:-2], wanted[1:-2], rtol=2**-7, atol=1e-6)
+    assert np.isposinf(got[-2]) or np.isnan(got[-2])      # 0 x infinity in the products of the other inputs
+    assert np.isnan(got[-1])
+
+
+@here
 def test_a_last_row_of_one_small_number_is_multiplied():
     smallest = jnp.asarray(jax.lax.bitcast_convert_type(jnp.uint16(1), jnp.bfloat16))
     x = jnp.zeros((6, 64), jnp.bfloat16).at[5, 63].set(1).at[4, 0].set(smallest)
@@ -87,14 +119,14 @@ def test_a_last_row_of_one_small_number_is_multiplied():
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("broken", [False, True])
 def test_decodes_that_share_pages_get_the_bits_they_get_alone(window, broken):
-    """Six rows: five with a common beginning of 9 pages, of which two and two share three more; and an entry of padding."""
+    """Five of six rows begin with the same 9 pages, two and two of them with three more; the last entry is padding."""
     rng, N, K, H, pages = np.random.default_rng(0), 6, 2, 64, 16
     table_RM = 1 + np.arange(6 * pages, dtype=np.int32).reshape(6, pages)
     table_RM[:5, :9] = table_RM[0, :9]
     table_RM[2, 9:12], table_RM[4, 9:12] = table_RM[1, 9:12], table_RM[3, 9:12]
     length = np.array([240, 201, 200, 150, 145, 130, 0], np.int32)
     k_PKSH, v_PKSH = numbers((1 + 6 * pages, K, 16, H)), numbers((1 + 6 * pages, K, 16, H), 1)
-    if broken:      # position 147 of the row of 150, in a block that is read for the one of 145, too; and what none sees
+    if broken:      # position 147 of the row of 150, read together with the one of 145; and what nobody sees
         v_PKSH = v_PKSH.at[table_RM[3, 9], :, 3].set(jnp.nan).at[table_RM[3, 9], :, 6:].set(jnp.inf)
     q_TNH = jnp.asarray(rng.standard_normal((7, N, H)), jnp.bfloat16)
     items = (
