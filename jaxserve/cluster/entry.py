@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jaxserve.cluster.handshake import cluster_secret
 from jaxserve.cluster.members import Follower, Leader, follow, lead
-from jaxserve.core.config import EngineConfig
+from jaxserve.core.config import EngineConfig, SpeculativeConfig
 
 OWN = {     # may differ from machine to machine
     "model", "tokenizer", "hf_token", "download_dir", "compilation_cache_dir", "node_rank", "generation_config",
@@ -40,8 +40,11 @@ def settings(config: EngineConfig) -> dict[str, str]:
     for part in dataclasses.fields(config):
         values = getattr(config, part.name)
         for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            if isinstance(value, SpeculativeConfig) and value.model is not None:
+                value = dataclasses.replace(value, model="...")      # a path; what is in it is compared later
             if field.name not in OWN:
-                found[field.name.replace("_", "-")] = repr(getattr(values, field.name))
+                found[field.name.replace("_", "-")] = repr(value)
     return found
 
 

@@ -50,7 +50,8 @@ def sample_step(
     row_count = rows.last_token_R.shape[0]
     row_B = collectives.padded_rows(step.row_B[:count], "samples", row_count)
     position_B = collectives.padded_rows(step.position_B[:count], "samples")
-    logits_BV = _logits(model, tree, leaves, step.hidden_BD[:count], vocab_size)
+    params = jax.tree.unflatten(tree, leaves)
+    logits_BV = logits_of_own_rows(model, params, step.hidden_BD[:count], vocab_size)
     own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
     sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
     sampled = _told_to_all(sampled)
@@ -88,6 +89,7 @@ def score_step(
     """
     tokens, width = hidden_TD.shape
     devices = collectives.part_count("samples")
+    params = jax.tree.unflatten(tree, leaves)
     slab = -(-min(SCORE_ROWS, tokens) // devices) * devices
     slabs = -(-tokens // slab)
     padding = slabs * slab - tokens
@@ -99,7 +101,7 @@ def score_step(
         own_target_B = collectives.own_rows(jnp.maximum(target_B, 0), "samples")
         found = jax.lax.cond(
             (target_B >= 0).any(),
-            lambda: logprobs(_logits(model, tree, leaves, hidden_BD, vocab_size), own_target_B, alternatives),
+            lambda: logprobs(logits_of_own_rows(model, params, hidden_BD, vocab_size), own_target_B, alternatives),
             lambda: no_logprobs(slab // devices, alternatives),
         )
         return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found)
@@ -108,8 +110,8 @@ def score_step(
     return jax.tree.map(lambda array: array.reshape(slabs * slab, *array.shape[2:])[:tokens], scored)
 
 
-def _logits(model: Decoder, tree: Any, leaves: Sequence[Array], hidden_BD: Array, vocab_size: int) -> Array:
+def logits_of_own_rows(model: Decoder, params: Any, hidden_BD: Array, vocab_size: int) -> Array:
     """Whole logits of the rows that are this device's: no device holds those of all rows."""
     hidden_BD = collectives.padded_rows(hidden_BD, "samples")
-    logits_BV = model.apply({"params": jax.tree.unflatten(tree, leaves)}, hidden_BD, method="logits")
+    logits_BV = model.apply({"params": params}, hidden_BD, method="logits")
     return collectives.rows_of_columns(logits_BV, "vocab", "samples")[:, :vocab_size]

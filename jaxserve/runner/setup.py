@@ -23,7 +23,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftSetup:
-    """A model that drafts at most `tokens_max` tokens for the served one."""
+    """A model that drafts at most `tokens_max` tokens for the served one; once settled, as one device computes it."""
 
     spec: ModelSpec
     tokens_max: int

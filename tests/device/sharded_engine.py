@@ -47,11 +47,14 @@ def measure(
     }
     config = engine_config_from_kwargs(str(folder), **options)
     sizer = Sizer(spec=read_spec(folder), folder=folder)
+    if (drafting := config.scheduler.speculative_config) is not None:
+        sizer.draft, sizer.draft_folder = read_spec(Path(drafting.model)), Path(drafting.model)
     with tempfile.TemporaryDirectory() as store, LLM(str(folder), compilation_cache_dir=store, **options) as llm:
         greedy = llm.generate(prompts + prompts[::-1], GREEDY, use_tqdm=False)
         shaped = llm.generate(prompts, SHAPED, use_tqdm=False)
         runner = llm._engine.runner
-        setup, leaves = runner._setup, runner._leaves
+        setup, leaves, draft, stats = runner._setup, runner._leaves, runner._draft, llm._engine.stats
+        of_draft = ((), ()) if draft is None else (draft._flat, draft._pages)
         return {
             "tokens": [list(answer.outputs[0].token_ids) for answer in greedy],
             "shaped": [list(answer.outputs[0].token_ids) for answer in shaped],
@@ -59,13 +62,16 @@ def measure(
                 entry.logprob for answer in shaped for step in (answer.outputs[0].logprobs + answer.prompt_logprobs[1:])
                 for entry in step.values()
             ],
-            "weight_bytes": held(leaves.begin, leaves.segments, leaves.finish, runner._head_leaves),
+            "weight_bytes": held(
+                leaves.begin, leaves.segments, leaves.finish, runner._head_leaves, of_draft[0]
+            ),
             "planned_bytes": setup.memory.weight_bytes,
             "is_as_planned_without_devices":
                 sizer.size(config, kind("CPU"), lambda *_: 0).setup.memory == setup.memory,
             "page_bytes": setup.memory.page_bytes,
-            "pool_bytes": held(runner._state.kv),
+            "pool_bytes": held(runner._state.kv, of_draft[1]),
             "planned_pool_bytes": setup.memory.pool_bytes,
+            "drafts_accepted": sum(stats.draft_accepted_at) / max(1, stats.draft_tokens),
             "is_latent": isinstance(setup.spec.layers[0].attention, LatentAttention),
             "collectives": collectives(runner) if is_counted else {},
         }

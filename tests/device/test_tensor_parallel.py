@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def measured(
-    name: str, sizes: tuple[int, ...], *, whole_experts: bool = False, is_counted: bool = False
+    name: str, sizes: tuple[int, ...], *, whole_experts: bool = False, is_counted: bool = False, **options: Any
 ) -> dict[int, dict[str, Any]]:
     folder = FIXTURES / name
     task = {
         "folder": str(folder), "sizes": sizes, "whole_experts": whole_experts, "is_counted": is_counted,
+        "options": options,
     }
     search = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     done = subprocess.run(
@@ -65,6 +66,17 @@ def test_a_dense_model_on_several_devices_and_what_they_send():
 def test_experts_shared_out_whole():
     found = measured("families/qwen3-moe", (2,), whole_experts=True, is_counted=True)
     assert set(found[2]["collectives"]["layers"]) == {"all-reduce"}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("tiny-qwen2", (3,)), pytest.param("families/qwen3-moe", (1, 2, 4, 8), marks=pytest.mark.slow),
+])
+def test_a_model_that_drafts_is_split_too(name, sizes):
+    """The model as its own draft: what it computes is what comes true, unless a device had a part of it wrong."""
+    drafting = {"method": "draft_model", "model": str(FIXTURES / name), "num_speculative_tokens": 3}
+    found = measured(name, sizes, speculative_config=drafting)
+    for size, of_size in found.items():
+        assert of_size["drafts_accepted"] > 0.6, size
 
 
 @pytest.mark.slow

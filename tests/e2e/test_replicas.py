@@ -155,7 +155,7 @@ def check_life(model: str, cache: Path, folder: Path, *, tokens: int, options: d
         threads = [threading.Thread(target=client, args=(number,)) for number in range(STREAMS)]
         for thread in threads:
             thread.start()
-        replicas.wait(lambda: [value > 0 for value in replicas.metric("vllm:num_requests_running").values()] == [True] * 2)
+        replicas.wait(lambda: [v > 0 for v in replicas.metric("vllm:num_requests_running").values()] == [True] * 2)
         killed.set()
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
