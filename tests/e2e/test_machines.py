@@ -96,6 +96,22 @@ def test_whole_experts_on_two_machines(serve, start_pair):
     assert ids(leader.url) == expected
 
 
+@pytest.mark.slow
+def test_a_model_that_drafts_on_two_machines(serve, start_pair, tiny_llama):
+    one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
+    expected = answers(one.url)
+    one.stop()
+    drafting = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 3}
+    leader, _ = start_pair("--speculative-config", json.dumps(drafting))
+    assert answers(leader.url) == expected
+    page = requests.get(f"{leader.url}/metrics", timeout=10).text
+    drafted, accepted = (
+        sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:spec_decode_{name}"))
+        for name in ("num_draft_tokens_total", "num_accepted_tokens_total")
+    )
+    assert drafted > 0 and accepted > 0.5 * drafted
+
+
 def ids(url: str) -> list[Any]:
     """Greedy tokens of a few prompts."""
     replies = [
@@ -131,7 +147,7 @@ class Stream(threading.Thread):
     ("follower", signal.SIGKILL),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("engine", signal.SIGKILL), ("leader", signal.SIGKILL),
-        ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP),
+        ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP), ("leader", signal.SIGSTOP),
     )),
 ], ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number):
@@ -149,6 +165,7 @@ def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number)
     assert stream.end_s and stream.end_s - begin_s < NOTICED_S_MAX, "the running request hangs"
     if victim == "leader":
         assert "broken" in stream.events[-1]
+        assert leader.wait_exit(NOTICED_S_MAX) == -signal.SIGKILL, "stopped, it is killed by its engine"
     else:
         assert "engine died" in stream.events[-1]["error"]["message"], stream.events[-1]
         assert leader.wait_exit(NOTICED_S_MAX + 5) == 1
