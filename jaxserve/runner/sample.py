@@ -81,11 +81,14 @@ def _logprobs_of_all(found: Logprobs, wants: Array) -> Logprobs:
 
 def score_step(
     leaves: Sequence[Array], hidden_TD: Array, target_T: Array, *, model: Decoder, tree: Any, vocab_size: int,
-    alternatives: int,
+    alternatives: int, tells_logprobs: bool = False,
 ) -> Logprobs:
-    """Logprobs of `target_T` after each packed position; slabs without a target (-1) cost nothing and give zeros.
+    """Logprobs of `target_T` after each packed position, in slabs [Z, B]; slabs without a target (-1) cost nothing and
+    give zeros. Past T they mean nothing.
 
-    Works in slabs of SCORE_ROWS positions: the logits of a whole chunk at once would dwarf the rest of the step.
+    A slab has SCORE_ROWS positions: the logits of a whole chunk at once would dwarf the rest of the step. Several
+    devices share out the positions of a slab, and each keeps the logprobs of its own, unless it tells them too: with
+    --max-logprobs -1 they are as large as the logits.
     """
     tokens, width = hidden_TD.shape
     devices = collectives.part_count("samples")
@@ -104,10 +107,9 @@ def score_step(
             lambda: logprobs(logits_of_own_rows(model, params, hidden_BD, vocab_size), own_target_B, alternatives),
             lambda: no_logprobs(slab // devices, alternatives),
         )
-        return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found)
+        return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found) if tells_logprobs else found
 
-    scored = jax.lax.map(score, (hidden_ZBD, target_ZB))
-    return jax.tree.map(lambda array: array.reshape(slabs * slab, *array.shape[2:])[:tokens], scored)
+    return jax.lax.map(score, (hidden_ZBD, target_ZB))
 
 
 def logits_of_own_rows(model: Decoder, params: Any, hidden_BD: Array, vocab_size: int) -> Array:

@@ -66,6 +66,11 @@ class RunnerSetup:
         return rules.sharding(self.mesh, ("samples",))
 
     @property
+    def by_samples_of_slabs(self) -> jax.sharding.Sharding:
+        """The rows of each of several slabs, shared out."""
+        return rules.sharding(self.mesh, (None, "samples"))
+
+    @property
     def experts(self) -> str:
         """Who multiplies a mixture's experts. XLA's loop waits for the host at every tile on a GPU, but is exact."""
         is_gpu = self.devices[0].platform == "gpu"

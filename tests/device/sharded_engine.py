@@ -1,6 +1,6 @@
 """Run as a script on eight CPU devices: what an engine answers, keeps and sends at a tensor-parallel size.
 
-    python sharded_engine.py '{"folder": …, "sizes": [1, 2], "whole_experts": false, "is_counted": true}'
+    python sharded_engine.py '{"folder": …, "sizes": [1, 2], "whole_experts": false, "is_counted": true, "options": {}}'
 
 Prints one JSON object: for each size the tokens, logprobs, bytes a device, and with `is_counted` the collectives of
 each program.
@@ -9,6 +9,7 @@ each program.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from jaxserve.flags import engine_config_from_kwargs
 from jaxserve.models.registry import read_spec
 from jaxserve.plan.devices import kind
 from jaxserve.plan.sizes import Sizer
+from jaxserve.runner.vocab import BLOCK
+from tests.device.interpreted_kernels import OPS, interpret
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
 SHAPED = SamplingParams(
@@ -74,6 +77,7 @@ def measure(
             "drafts_accepted": sum(stats.draft_accepted_at) / max(1, stats.draft_tokens),
             "is_latent": isinstance(setup.spec.layers[0].attention, LatentAttention),
             "collectives": collectives(runner) if is_counted else {},
+            "whole_rows": whole_rows(runner) if is_counted else {},
         }
 
 
@@ -94,6 +98,23 @@ def collectives(runner: Any) -> dict[str, dict[str, int]]:
     for segment in forward.segments:
         layers.update(count(forward.run_layers[segment.kind]))
     found["layers"], found["sample"] = dict(layers), count(built.sample[rows])
+    found["score"] = count(built.score[tokens])
+    return found
+
+
+def whole_rows(runner: Any) -> dict[str, int]:
+    """Program kind -> the most rows of whole logits that are in one array: of V columns, or of blocks of them."""
+    built, setup, draft = runner._builder, runner._setup, runner._draft
+    programs = {"sample": built.sample[built.row_buckets[-1]], "score": built.score[built.token_buckets[-1]]}
+    if draft is not None:
+        programs["draft"] = draft.write[max(draft.write)]
+    vocab, filled = setup.shape.vocab_size, setup.spec.vocab_size * setup.mesh.size
+    columns = {(vocab,), (filled,), (-(-vocab // BLOCK), BLOCK)}
+    found = {}
+    for name, program in programs.items():
+        shapes = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program.as_text())
+        sizes = [tuple(int(part) for part in text.split(",")) for text in shapes]
+        found[name] = max(math.prod(size[: -len(of)]) for size in sizes for of in columns if size[-len(of) :] == of)
     return found
 
 
@@ -105,12 +126,16 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.devices()
     task = json.loads(sys.argv[1])
+    if task["options"].get("attention_backend") == "triton":
+        traced = interpret()
     print(json.dumps({
         size: measure(
             Path(task["folder"]), size, whole_experts=task["whole_experts"] and size > 1, is_counted=task["is_counted"],
-            options=task.get("options", {}),
+            options=task["options"],
         ) for size in task["sizes"]
     }))
+    if task["options"].get("attention_backend") == "triton":
+        assert traced.keys() == set(OPS), traced
 
 
 if __name__ == "__main__":

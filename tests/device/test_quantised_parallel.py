@@ -49,6 +49,7 @@ def assert_alike(found: dict[int, dict[str, Any]]) -> None:
     for size, of_size in found.items():
         assert of_size["tokens"] == found[1]["tokens"], size
         assert of_size["weight_bytes"] == of_size["planned_bytes"], size
+        assert of_size["is_as_planned_without_devices"], "what `jaxserve plan` says"
 
 
 def test_four_bits_on_two_devices(tmp_path: Path) -> None:
