@@ -91,7 +91,10 @@ def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None
     if start.config.parallel.nnodes > 1:
         threading.Thread(target=_say_alive, args=(outbox,), name="alive", daemon=True).start()
         threading.Thread(target=_watch_api, args=(pulse, os.getppid(), outbox), name="watch-api", daemon=True).start()
-        leader = open_leader(start.config, lambda reason: _fail(reason, outbox))
+        leader = open_leader(
+            start.config, lambda reason: _fail(reason, outbox),
+            lambda ranks: outbox.put(Status("starting", f"waiting for node-rank {ranks}")),
+        )
     engine = build_engine(start.config, progress=progress, member=leader)
     if logger.isEnabledFor(logging.INFO):
         engine.report.print()

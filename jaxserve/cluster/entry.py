@@ -19,10 +19,13 @@ OWN = {     # may differ from machine to machine
 }
 
 
-def open_leader(config: EngineConfig, on_lost: Callable[[str], None]) -> Leader:
+def open_leader(
+    config: EngineConfig, on_lost: Callable[[str], None], on_waiting: Callable[[str], None]
+) -> Leader:
     """Waits for the others. Raises ConfigError where they cannot come."""
     return lead(
-        _channel(config), config.parallel.nnodes, secret=cluster_secret(), settings=settings(config), on_lost=on_lost
+        _channel(config), config.parallel.nnodes, secret=cluster_secret(), settings=settings(config), on_lost=on_lost,
+        on_waiting=on_waiting,
     )
 
 

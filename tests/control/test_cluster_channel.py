@@ -350,7 +350,9 @@ def test_a_name_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "CONNECT_S_MAX", 0.1)
     address = ("127.0.0.1", free_port())
+    missing: list[str] = []
     with pytest.raises(ConfigError, match="node-rank 1, 2 did not come"):
-        lead(address, 3, secret=SECRET, settings={}, on_lost=lambda reason: None)
+        lead(address, 3, secret=SECRET, settings={}, on_lost=lambda reason: None, on_waiting=missing.append)
+    assert missing == ["1, 2"], "for /health"
     with pytest.raises(ConfigError, match="no leader at"):
         follow(address, 1, 3, secret=SECRET, settings={}, on_lost=lambda reason: None)
