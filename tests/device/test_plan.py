@@ -167,6 +167,7 @@ def test_what_does_not_fit_says_why_and_what_would(tmp_path: Path):
     assert same.words == "--quantization int8" and more.words == "--devices 2xL4"
     again = answer(tmp_path, WIDE, "L4", quantization="int8")
     assert isinstance(again, Plan) and again.memory == same.plan.memory and again.fits == same.plan.fits
+    assert again.sized.quantization == "int8: 12 matrices", "it says what is packed"
 
 
 def test_splitting_comes_before_shortening(tmp_path: Path):
