@@ -65,6 +65,10 @@ def measure(
                 entry.logprob for answer in shaped for step in (answer.outputs[0].logprobs + answer.prompt_logprobs[1:])
                 for entry in step.values()
             ],
+            "scores": [
+                step[token].logprob for answer, prompt in zip(shaped, prompts, strict=True)
+                for step, token in zip(answer.prompt_logprobs[1:], prompt["prompt_token_ids"][1:], strict=True)
+            ],
             "weight_bytes": held(
                 leaves.begin, leaves.segments, leaves.finish, runner._head_leaves, of_draft[0]
             ),
