@@ -137,7 +137,7 @@ def test_an_engine_of_several_machines_that_stalls_ends_the_server(tmp_path, mon
 
 def test_an_engine_of_several_machines_that_never_speaks_ends_the_server(tmp_path, monkeypatch):
     """Stopped while it starts: before it could say that it is alive."""
-    monkeypatch.setattr("jaxserve.supervisor.FIRST_BEAT_S_MAX", 2.0)
+    monkeypatch.setattr("jaxserve.supervisor.FIRST_BEAT_S_MAX", 1.0)
 
     async def scenario() -> None:
         supervisor = _supervisor(tmp_path, "hang", OF_SEVERAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,10 +31,12 @@ Pair = tuple[Server, Server]
 @pytest.fixture
 def start_pair(serve, tiny_llama) -> Callable[..., Pair]:
     """Starts leader and follower, and waits until they serve."""
-    def start(*flags: str, wait: bool = True, model: Path = tiny_llama, sizes: tuple[str, ...] = SMALL) -> Pair:
+    def start(
+        *flags: str, wait: bool = True, model: Path = tiny_llama, sizes: tuple[str, ...] = SMALL, port: int = 0
+    ) -> Pair:
         shared = (
             "--model", str(model), *sizes, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
-            "--master-port", str(free_port()), *flags,
+            "--master-port", str(port or free_port()), *flags,
         )
         leader = serve(*shared, wait=False, environment=ENVIRONMENT)
         follower = serve(*shared, "--node-rank", "1", wait=False, environment=ENVIRONMENT)
@@ -68,13 +71,32 @@ def test_two_processes_answer_as_one_and_stop_together(serve, start_pair, tiny_l
     one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
     expected = answers(one.url)
     one.stop()
-    leader, follower = start_pair()
+    port = free_port()
+    leader, follower = start_pair(port=port)
     assert "4 x cpu on 2 machines" in leader.log()
+    assert listening(port) == {"127.0.0.1"}, "jax's coordinator is on --master-addr only"
+    assert listening(port + 1) == set(), "all are here: our channel takes nobody else"
     assert answers(leader.url) == expected
     os.kill(follower.pid, signal.SIGTERM)
     assert answers(leader.url) == expected, "a follower's SIGTERM is left to the leader"
     leader.stop()
     assert follower.wait_exit(NOTICED_S_MAX) == 0
+
+
+def listening(port: int) -> set[str]:
+    """Addresses that somebody listens on at a port of this machine."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:       # LISTEN; words of four bytes in the machine's order
+                found.add(socket.inet_ntoa(bytes.fromhex(address[-8:])[::-1]) if _is_v4(address) else address)
+    return found
+
+
+def _is_v4(address: str) -> bool:
+    return len(address) == 8 or address[:24] == "0000000000000000FFFF0000"
 
 
 @pytest.mark.slow
