@@ -19,6 +19,8 @@ import threading
 import time
 
 from jaxserve.cluster.entry import open_leader
+from jaxserve.cluster.link import Pulse
+from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.errors import CapacityError, ConfigError, JaxserveError, ModelError
 from jaxserve.core.request import EngineRequest, SequenceOutput
 from jaxserve.engine.channel import (
@@ -83,11 +85,16 @@ def main() -> int:
 def _serve(channel: EngineEnd, start: Start, outbox: queue.SimpleQueue[Up | None]) -> None:
     progress = ConsoleProgress(on_phase=lambda name, detail: outbox.put(Status(name, detail)))  # type: ignore[arg-type]
     inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(channel, inbox), name="channel-reader", daemon=True).start()
+    pulse = Pulse(MonotonicClock())
+    threading.Thread(target=_read, args=(channel, inbox, pulse), name="channel-reader", daemon=True).start()
     leader = None
     if start.config.parallel.nnodes > 1:
         threading.Thread(target=_say_alive, args=(outbox,), name="alive", daemon=True).start()
-        leader = open_leader(start.config, lambda reason: _fail(reason, outbox))
+        threading.Thread(target=_watch_api, args=(pulse, os.getppid(), outbox), name="watch-api", daemon=True).start()
+        leader = open_leader(
+            start.config, lambda reason: _fail(reason, outbox),
+            lambda ranks: outbox.put(Status("starting", f"waiting for node-rank {ranks}")),
+        )
     engine = build_engine(start.config, progress=progress, member=leader)
     if logger.isEnabledFor(logging.INFO):
         engine.report.print()
@@ -106,6 +113,16 @@ def _say_alive(outbox: queue.SimpleQueue[Up | None]) -> None:
     while True:
         outbox.put(Alive())
         time.sleep(BEAT_S)
+
+
+def _watch_api(pulse: Pulse, api_pid: int, outbox: queue.SimpleQueue[Up | None]) -> None:
+    """A stopped API process answers nobody and tells nobody: it is ended here, and so are the other machines."""
+    while not pulse.is_lost:
+        time.sleep(BEAT_S)
+    logger.error("the API process has been silent for %.0f s: killing it", pulse.silent_s)
+    if os.getppid() == api_pid:
+        os.kill(api_pid, signal.SIGKILL)    # and with it, on Linux, this process
+    _fail("the API process was silent", outbox)
 
 
 def _fail(reason: str, outbox: queue.SimpleQueue[Up | None]) -> None:
@@ -162,10 +179,12 @@ def _add(engine: LocalEngine, request: EngineRequest, outputs: list[SequenceOutp
         outputs.append(SequenceOutput(request_id=request.request_id, finish_reason="error", error=str(error)))
 
 
-def _read(channel: EngineEnd, inbox: queue.SimpleQueue[object]) -> None:
+def _read(channel: EngineEnd, inbox: queue.SimpleQueue[object], pulse: Pulse) -> None:
     try:
         while (message := channel.receive()) is not None:
-            inbox.put(message)
+            pulse.heard()
+            if not isinstance(message, Alive):
+                inbox.put(message)
     finally:
         inbox.put(_GONE)
 

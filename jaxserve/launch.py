@@ -22,6 +22,7 @@ from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
+from jaxserve.core.plan import DraftPort
 from jaxserve.core.progress import NoProgress, ProgressPort
 from jaxserve.core.request import EngineInfo, EngineStats, SequenceOutput
 from jaxserve.engine.loop import EngineLoop
@@ -147,6 +148,8 @@ def build_engine(
         mesh, dtype = _place(config, spec)
         weights, draft_weights = weight_plan(config, spec, folder, mesh), None
         draft = None if drafting is None else _draft(config, spec, folder, drafting)
+        if member is not None and draft is not None:
+            check_same(member, "draft model", repr(draft.spec))
         if draft is not None and drafting is not None:
             draft_weights = weight_plan(config, draft.spec, drafting, mesh, is_draft=True)
         setup = _plan(config, spec, mesh, dtype, weights, draft, draft_weights, member)
@@ -160,10 +163,10 @@ def build_engine(
         del params, draft_params
         runner.compile_serving_set(progress, None if member is None else lambda: member.least("compiled"))
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
+    port = LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner
     loop = EngineLoop(
-        LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner,
-        config=scheduler, cache=config.cache, clock=MonotonicClock(),
-        speculation=_speculation(config, runner) if drafting is not None else None,
+        port, config=scheduler, cache=config.cache, clock=MonotonicClock(),
+        speculation=_speculation(config, port) if drafting is not None else None,
     )
     report = _report(config, setup, runner, dtype, seconds, weights, draft_weights)
     return LocalEngine(
@@ -247,9 +250,9 @@ def _draft(config: EngineConfig, spec: ModelSpec, folder: Path, draft_folder: Pa
     return DraftSetup(spec=draft, tokens_max=config.scheduler.speculative_config.num_speculative_tokens)
 
 
-def _speculation(config: EngineConfig, runner: Runner) -> ModelSpeculation:
+def _speculation(config: EngineConfig, port: DraftPort) -> ModelSpeculation:
     assert config.scheduler.speculative_config is not None
-    return ModelSpeculation(config.scheduler.speculative_config, runner)
+    return ModelSpeculation(config.scheduler.speculative_config, port)
 
 
 def weight_plan(
@@ -301,15 +304,15 @@ def _plan(
     from jaxserve.models.draft import check_length
     from jaxserve.runner.start import plan_memory
 
-    params = abstract_params(spec, dtype, mesh, weights.packing)
-    if draft is None or draft_weights is None:
-        least = None if member is None else lambda sizes: member.least("memory", sizes)
-        return plan_memory(spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, least=least)
-    draft_params = abstract_params(draft.spec, dtype, mesh, draft_weights.packing)
+    params, draft_params = abstract_params(spec, dtype, mesh, weights.packing), None
+    if draft is not None and draft_weights is not None:
+        draft_params = abstract_params(draft.spec, dtype, mesh, draft_weights.packing)
     setup = plan_memory(
-        spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, draft=draft, draft_params=draft_params
+        spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, draft=draft, draft_params=draft_params,
+        least=None if member is None else lambda sizes: member.least("memory", sizes),
     )
-    check_length(draft.spec, setup.shape.length_max)
+    if draft is not None:
+        check_length(draft.spec, setup.shape.length_max)
     return setup
 
 
@@ -371,15 +374,13 @@ def _report(
 
 
 def _draft_line(config: EngineConfig, setup: RunnerSetup, dtype: str, weights: WeightPlan) -> str:
-    """The draft model and what it takes, for people."""
-    import jax
-
+    """The draft model and what it takes of a device, for people."""
     from jaxserve.models.decoder import abstract_params
+    from jaxserve.runner.start import device_bytes
 
     assert setup.draft is not None and config.scheduler.speculative_config is not None
     spec, shape = setup.draft.spec, setup.shape
-    leaves = jax.tree.leaves(abstract_params(spec, dtype, setup.mesh, weights.packing))
-    weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    weight_bytes = device_bytes(abstract_params(weights.spec, dtype, setup.mesh, weights.packing))
     pages = shape.groups[0].page_count * spec.kv_groups[0].page_bytes(shape.page_size, setup.dtype.itemsize)
     return (
         f"{config.scheduler.speculative_config.model} ({spec.family}, {len(spec.layers)} layers): "

@@ -21,7 +21,7 @@ from jaxserve.core.clock import ClockPort, MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import JaxserveError
 from jaxserve.engine.async_engine import BEAT_MISSED_S_MAX, AsyncEngine
-from jaxserve.engine.channel import ApiEnd, Shutdown, Start
+from jaxserve.engine.channel import Alive, ApiEnd, Shutdown, Start
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -30,6 +30,7 @@ RESTARTS_S = 600.0
 STOP_S_MAX = 10.0            # from Shutdown to SIGKILL
 ENGINE_COMMAND = (sys.executable, "-m", "jaxserve.engine_process")   # followed by the socket's number
 WATCH_EVERY_S = 1.0
+FIRST_BEAT_S_MAX = 60.0      # from the start of an engine of several machines to its first sign of life
 
 
 class EngineGaveUpError(JaxserveError):
@@ -121,11 +122,16 @@ class Supervisor:
 
     async def _watch(self) -> None:
         """Kills an engine that serves but has been silent for too long: a hang behind a healthy /health is worst."""
+        begin_s, others_wait = self._clock.now(), self._config.parallel.nnodes > 1
         while True:
+            if others_wait:
+                self.engine.send(Alive())
             await asyncio.sleep(WATCH_EVERY_S)
             silent_s = self.engine.silent_s if self.engine.status.is_serving else 0.0
-            stalled_s = self.engine.stalled_s
-            if silent_s > BEAT_MISSED_S_MAX or stalled_s > SILENCE_S_MAX:
+            stalled_s, stalled_s_max = self.engine.stalled_s, SILENCE_S_MAX
+            if stalled_s is None:
+                stalled_s, stalled_s_max = self._clock.now() - begin_s if others_wait else 0.0, FIRST_BEAT_S_MAX
+            if silent_s > BEAT_MISSED_S_MAX or stalled_s > stalled_s_max:
                 silent_s = max(silent_s, stalled_s)
                 logger.error("the engine has been silent for %.0f s: killing it", silent_s)
                 self._is_hung = True

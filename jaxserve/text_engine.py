@@ -31,7 +31,7 @@ class AsyncEnginePort(Protocol):
     @property
     def stats(self) -> EngineStats: ...
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[SequenceOutput], None]) -> None: ...
+    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[SequenceOutput], None]) -> int: ...
 
     def abort(self, request_ids: Sequence[str]) -> None: ...
 
@@ -71,8 +71,13 @@ class TextEngine:
     def max_logprobs(self) -> int:
         return self._text.max_logprobs
 
-    async def stream(self, request: TextRequest) -> AsyncGenerator[list[TextDelta]]:
+    async def stream(
+        self, request: TextRequest, told: Callable[[int], None] | None = None
+    ) -> AsyncGenerator[list[TextDelta]]:
         """Batches of deltas of all choices, until each has its finish_reason.
+
+        Args:
+          told: is called with the number of the engine that took the request.
 
         Raises RequestError before the engine hears of the request, EngineError where it cannot take it. Deltas that
         piled up while the reader was away come as one for each choice.
@@ -85,7 +90,9 @@ class TextEngine:
             choices = {sub.request_id: CompletionText(sub, self._text.tokenizer) for sub in requests}
             mailbox = _Mailbox()
             try:
-                self._engine.submit(requests, mailbox.put)
+                number = self._engine.submit(requests, mailbox.put)
+                if told is not None:
+                    told(number)
                 while not all(choice.is_finished for choice in choices.values()):
                     given = await mailbox.take()
                     arrived = ((choices[i], outputs) for i, outputs in given.items())

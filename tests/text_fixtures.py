@@ -112,12 +112,13 @@ class FakeAsyncEngine:
             row_count=4,
         )
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[SequenceOutput], None]) -> None:
+    def submit(self, requests: Sequence[EngineRequest], sink: Callable[[SequenceOutput], None]) -> int:
         if self.refuses is not None:
             raise self.refuses
         self.requests.extend(requests)
         self.sinks.update({request.request_id: sink for request in requests})
         self.submitted.set()
+        return 1
 
     def abort(self, request_ids: Sequence[str]) -> None:
         self.aborted.extend(request_ids)

@@ -12,17 +12,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 from jaxserve.cluster.handshake import cluster_secret
 from jaxserve.cluster.members import Follower, Leader, follow, lead
-from jaxserve.core.config import EngineConfig
+from jaxserve.core.config import EngineConfig, SpeculativeConfig
 
 OWN = {     # may differ from machine to machine
     "model", "tokenizer", "hf_token", "download_dir", "compilation_cache_dir", "node_rank", "generation_config",
 }
 
 
-def open_leader(config: EngineConfig, on_lost: Callable[[str], None]) -> Leader:
+def open_leader(
+    config: EngineConfig, on_lost: Callable[[str], None], on_waiting: Callable[[str], None]
+) -> Leader:
     """Waits for the others. Raises ConfigError where they cannot come."""
     return lead(
-        _channel(config), config.parallel.nnodes, secret=cluster_secret(), settings=settings(config), on_lost=on_lost
+        _channel(config), config.parallel.nnodes, secret=cluster_secret(), settings=settings(config), on_lost=on_lost,
+        on_waiting=on_waiting,
     )
 
 
@@ -40,8 +43,11 @@ def settings(config: EngineConfig) -> dict[str, str]:
     for part in dataclasses.fields(config):
         values = getattr(config, part.name)
         for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            if isinstance(value, SpeculativeConfig) and value.model is not None:
+                value = dataclasses.replace(value, model="...")      # a path; what is in it is compared later
             if field.name not in OWN:
-                found[field.name.replace("_", "-")] = repr(getattr(values, field.name))
+                found[field.name.replace("_", "-")] = repr(value)
     return found
 
 

@@ -19,7 +19,7 @@ import struct
 from jaxserve.cluster.frames import CODE_BYTES, Frames, code, read_exactly
 from jaxserve.core.errors import ConfigError
 
-VERSION = 1         # of handshake and messages: raise it with any change to either
+VERSION = 2         # of handshake and messages: raise it with any change to either
 MAGIC = b"jaxserve"
 NONCE_BYTES = 32
 ANSWER_S_MAX = 5.0

@@ -103,20 +103,26 @@ class Follower:
 
 
 def lead(
-    address: tuple[str, int], count: int, *, secret: bytes, settings: Mapping[str, str], on_lost: Lost
+    address: tuple[str, int], count: int, *, secret: bytes, settings: Mapping[str, str], on_lost: Lost,
+    on_waiting: Callable[[str], None] = lambda ranks: None,
 ) -> Leader:
-    """Waits for the followers at `address`. Raises ConfigError where it cannot listen or somebody does not come."""
+    """Waits for the followers at `address`; `on_waiting` is told which are missing.
+
+    Raises ConfigError where it cannot listen or somebody does not come.
+    """
     links: dict[int, Link] = {}
     listener = _listen(address)
     deadline_s = time.monotonic() + CONNECT_S_MAX
     with listener:
         while missing := set(range(1, count)) - links.keys():
+            ranks = ", ".join(map(str, sorted(missing)))
+            on_waiting(ranks)
             listener.settimeout(max(0.01, deadline_s - time.monotonic()))
             try:
                 sock, caller = listener.accept()
             except TimeoutError:
                 raise ConfigError(
-                    f"node-rank {', '.join(map(str, sorted(missing)))} did not come to {_shown(address)} within "
+                    f"node-rank {ranks} did not come to {_shown(address)} within "
                     f"{CONNECT_S_MAX:.0f} s; start all {count} processes, and let them reach each other"
                 ) from None
             try:
@@ -146,6 +152,8 @@ def follow(
             frames = _call(address, secret, rank)
             break
         except OSError as error:     # nobody listens yet, the name is not known yet, or the leader just ended
+            if str(error) != str(why):
+                logger.info("no leader at %s yet: %s", _shown(address), error)
             why = error
         if time.monotonic() > deadline_s:
             raise ConfigError(

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from jaxserve.cluster.frames import FrameError
-from jaxserve.core.plan import StepPlan
+from jaxserve.core.plan import DraftPlan, StepPlan
 
 DTYPES = {name: np.dtype(name) for name in ("int32", "float32", "bool")}
 
@@ -42,6 +42,12 @@ class Launch(msgspec.Struct, tag="launch", frozen=True):
     plan: StepPlan
 
 
+class Draft(msgspec.Struct, tag="draft", frozen=True):
+    """What the leader is about to ask of the model that drafts."""
+
+    plan: DraftPlan
+
+
 class ClearPages(msgspec.Struct, tag="clear", frozen=True):
     """Zero these pages of a KV group."""
 
@@ -55,7 +61,7 @@ class Stop(msgspec.Struct, tag="stop", frozen=True):
     reason: str = ""
 
 
-Message = Beat | Hello | Agree | Launch | ClearPages | Stop
+Message = Beat | Hello | Agree | Launch | Draft | ClearPages | Stop
 
 
 def encode(message: Message) -> bytes:

@@ -1,7 +1,7 @@
 """One order of device calls in all processes: the leader's runner tells each before it makes it, followers repeat it.
 
-Both sides wrap any `RunnerPort`. A step is a collective of all processes, so what can happen to one alone, such as a
-failed allocation, cannot be mended by one alone: it ends the engine.
+Both sides wrap any `RunnerPort`, and what drafts beside it. A step is a collective of all processes, so what can happen
+to one alone, such as a failed allocation, cannot be mended by one alone: it ends the engine.
 Invariant: the n-th call after the start-up is the same on every process.
 """
 
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 
-from jaxserve.cluster.messages import ClearPages, Launch, Message, Stop
+from jaxserve.cluster.messages import ClearPages, Draft, Launch, Message, Stop
 from jaxserve.core.errors import EngineError, StepAllocationError
 from jaxserve.core.plan import (
     I32,
+    DraftPlan,
+    DraftPort,
     PendingStep,
     RunnerPort,
     RunnerShape,
@@ -26,10 +29,14 @@ from jaxserve.core.plan import (
 )
 
 
-class LeaderRunner:
-    """`RunnerPort` of process 0."""
+class DraftingRunnerPort(RunnerPort, DraftPort, Protocol):
+    """A runner that can also have a model that drafts."""
 
-    def __init__(self, runner: RunnerPort, tell: Callable[[Message], None]) -> None:
+
+class LeaderRunner:
+    """`DraftingRunnerPort` of process 0."""
+
+    def __init__(self, runner: DraftingRunnerPort, tell: Callable[[Message], None]) -> None:
         self._runner, self._tell = runner, tell
 
     @property
@@ -47,6 +54,11 @@ class LeaderRunner:
         self._tell(Launch(plan))
         with _for_all():
             return _Pending(self._runner.launch(plan))
+
+    def draft(self, plan: DraftPlan) -> I32:
+        self._tell(Draft(plan))
+        with _for_all():
+            return self._runner.draft(plan)
 
     def clear_pages(self, group: int, pages: I32) -> None:
         self._tell(ClearPages(group, tuple(pages.tolist())))
@@ -71,7 +83,7 @@ class _Pending:
             return self._pending.result()
 
 
-def replay(runner: RunnerPort, next_message: Callable[[], Message]) -> None:
+def replay(runner: DraftingRunnerPort, next_message: Callable[[], Message]) -> None:
     """Repeats the leader's calls until it stops. Raises EngineError where it stops for a reason."""
     in_flight: PendingStep | None = None
     while True:
@@ -81,6 +93,8 @@ def replay(runner: RunnerPort, next_message: Callable[[], Message]) -> None:
             if in_flight is not None:
                 in_flight.result()      # as the leader does: two steps in flight at most, and a failed one says so
             in_flight = launched
+        elif isinstance(message, Draft):
+            runner.draft(message.plan)
         elif isinstance(message, ClearPages):
             runner.clear_pages(message.group, np.array(message.pages, np.int32))
         elif isinstance(message, Stop):

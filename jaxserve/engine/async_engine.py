@@ -92,12 +92,12 @@ class AsyncEngine:
         return self._clock.now() - self._beat_s
 
     @property
-    def stalled_s(self) -> float:
-        """Seconds since the engine's process last said that it is alive; 0 where it never does."""
-        return 0.0 if self._alive_s is None else self._clock.now() - self._alive_s
+    def stalled_s(self) -> float | None:
+        """Seconds since the engine's process last said that it is alive; None where it has not said so yet."""
+        return None if self._alive_s is None else self._clock.now() - self._alive_s
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
-        """Sends sequences to the engine; their outputs go to `sink` on this thread.
+    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> int:
+        """Sends sequences to the engine; their outputs go to `sink` on this thread. Gives the engine's number, 0.
 
         Raises EngineDeadError, EngineNotReadyError or EngineBusyError, then none of them was taken.
         """
@@ -114,6 +114,7 @@ class AsyncEngine:
         self._idle.clear()
         assert self._channel is not None
         self._channel.send(Submit(tuple(requests)))
+        return 0
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Forgets these sequences; their later outputs are dropped."""

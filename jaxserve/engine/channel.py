@@ -83,7 +83,7 @@ class Profiled(msgspec.Struct, tag="profiled", frozen=True):
 
 
 class Alive(msgspec.Struct, tag="alive", frozen=True):
-    """The process runs, whatever its loop waits for; sent each second where other processes wait for this one."""
+    """The process runs, whatever its loop waits for; each second, both ways, where other machines wait for it."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -93,7 +93,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     is_users: bool = False
 
 
-Down = Start | Submit | Abort | Profile | Shutdown
+Down = Start | Submit | Abort | Profile | Alive | Shutdown
 Up = Status | Serving | Outputs | Profiled | Alive | Failed
 
 _encoder = msgspec.msgpack.Encoder()

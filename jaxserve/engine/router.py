@@ -88,13 +88,12 @@ class EngineRouter:
             for task in waiting:
                 task.cancel()
 
-    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> None:
-        """As AsyncEngine.submit, to one engine; another takes what a full one refuses."""
+    def submit(self, requests: Sequence[EngineRequest], sink: Sink) -> int:
+        """As AsyncEngine.submit, to one engine, whose number it gives; another takes what a full one refuses."""
         serving = [index for index, engine in enumerate(self.engines) if engine.status.is_serving]
         if not serving:
             best = min(self.engines, key=lambda engine: PHASES.index(engine.status.phase))
-            best.submit(requests, sink)      # raises with the reason
-            return
+            return best.submit(requests, sink)      # raises with the reason
         keys = self._keys(requests[0]) if self._follows_prefixes else []
         order = self._order(serving, keys)
         for place, index in enumerate(order):
@@ -108,7 +107,8 @@ class EngineRouter:
             if keys:
                 info = self.engines[index].info
                 self._memories[index].of(info).note(keys, info.page_count)
-            return
+            return index
+        raise AssertionError("the last one that is full raises")
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Each engine knows its own."""

@@ -73,9 +73,6 @@ def _check_engine(config: EngineConfig) -> None:
     size, scheduler = config.cache.block_size, config.scheduler
     if size & (size - 1):
         raise ConfigError(f"block-size must be a power of two, got {size}; use {1 << size.bit_length() - 1}")
-    drafting = scheduler.speculative_config
-    if drafting is not None and drafting.model is not None and config.parallel.tensor_parallel_size > 1:
-        raise ConfigError("speculative-config: a draft model on several devices is not built yet; use ngram")
     rows, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
     if rows is not None and tokens is not None and tokens < rows:
         raise ConfigError(f"max-num-batched-tokens {tokens} is less than max-num-seqs {rows}; raise it to that")

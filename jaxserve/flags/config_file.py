@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -68,4 +69,8 @@ def locate(name: str) -> Path:
         if place.is_file():
             return place
     shipped = sorted({entry.name for folder in SHIPPED for entry in folder.glob("*.yaml")})
-    raise ConfigError(f"there is no config {name!r}, neither here nor among the shipped ones ({', '.join(shipped)})")
+    near = difflib.get_close_matches(name, shipped, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"there is no config {name!r}, neither here nor among the shipped ones ({', '.join(shipped)}){hint}"
+    )

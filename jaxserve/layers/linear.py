@@ -65,7 +65,11 @@ class Linear(nn.Module):
             self.bias_O = self.param("bias", init, (self.width_out,), self.dtype)
 
     def __call__(self, x_TI: Array) -> Array:
-        y_TO = collectives.total(matmul(x_TI, self.weight_OI, self.axes[1]), self.axes[1], self.dtype)
+        axis = self.axes[1]
+        if isinstance(self.weight_OI, QTensor):
+            y_TO = self.weight_OI.matmul_total(x_TI, axis, self.dtype)
+        else:
+            y_TO = collectives.total(matmul(x_TI, self.weight_OI), axis, self.dtype)
         if self.has_bias:
             y_TO = y_TO + self.bias_O.astype(jnp.float32)
         return y_TO.astype(self.dtype)

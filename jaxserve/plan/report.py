@@ -35,12 +35,12 @@ def lines(plan: Plan) -> list[tuple[str, str]]:
     how = "whole experts" if config.parallel.enable_expert_parallel else "tensor parallel"
     return [
         ("model", f"{question.model} ({setup.spec.family}, {plan.parameter_count / 1e9:,.2f} G parameters, "
-                  f"{config.model.quantization or setup.dtype.name})"),
+                  f"{setup.dtype.name})"),
         ("devices", f"{question.devices}: {question.replicas} replica(s) of {config.parallel.tensor_parallel_size} "
                     f"device(s), {how}"),
         ("longest sequence", f"{memory.length_max:,} tokens, {memory.concurrency:.1f} of them at once"),
         ("a step holds", f"up to {setup.buckets.tokens_max:,} tokens of up to {setup.shape.row_count} sequences"),
-            ]
+    ]
 
 
 def to_json(answer: Plan | Refusal) -> dict[str, Any]:
@@ -58,6 +58,7 @@ def to_json(answer: Plan | Refusal) -> dict[str, Any]:
     setup, memory = answer.sized.setup, answer.memory
     return head | {
         "parameter_count": answer.parameter_count, "dtype": setup.dtype.name,
+        "quantization": answer.sized.quantization or None,
         "per_device": {
             "memory_bytes": memory.budget.total_bytes, "budget_bytes": memory.budget.budget_bytes,
             "weight_bytes": memory.weight_bytes, "temporary_bytes": memory.temporary_bytes,
@@ -135,7 +136,7 @@ def memory_rows(plan: Plan) -> list[tuple[str, str, str]]:
     memory = plan.memory
     return [
         ("device memory", size(memory.budget.total_bytes), f"{size(memory.budget.budget_bytes)} to plan with"),
-        ("weights", size(memory.weight_bytes), ""),
+        ("weights", size(memory.weight_bytes), plan.sized.quantization),
         ("step temporaries", size(memory.temporary_bytes), _TEMPORARIES[plan.temporaries_by]),
         ("row state", size(memory.state_bytes), ""),
         ("reserve", size(memory.budget.reserve_bytes), ""),

@@ -54,10 +54,12 @@ class Parameter:
 class Sized:
     """Attributes:
     setup: of one replica.  params: the abstract parameters of the served model and of the one that drafts, if any.
+    quantization: how the served model's weights are packed, for people; empty where they are plain.
     """
 
     setup: RunnerSetup
     params: tuple[Any, ...]
+    quantization: str = ""
 
     def parameters(self) -> list[Parameter]:
         """The served model's, as one device has them."""
@@ -97,7 +99,7 @@ class Sizer:
     folder: Path
     draft: ModelSpec | None = None
     draft_folder: Path | None = None
-    _params: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _params: dict[tuple[Any, ...], tuple[Any, str]] = field(default_factory=dict)
     _count: int | None = None
 
     def size(self, config: EngineConfig, kind: DeviceKind, measure: Measure, mesh: Mesh | None = None) -> Sized:
@@ -117,9 +119,9 @@ class Sizer:
         draft, speculative = None, config.scheduler.speculative_config
         if self.draft is not None and speculative is not None:
             draft = DraftSetup(spec=self.draft, tokens_max=speculative.num_speculative_tokens)
-        params, draft_params = self._abstract(dtype, mesh, config), None
+        (params, line), draft_params = self._abstract(dtype, mesh, config), None
         if self.draft is not None:
-            draft_params = self._abstract(dtype, mesh, config, is_draft=True)
+            draft_params, _ = self._abstract(dtype, mesh, config, is_draft=True)
         target = Target(
             budget=_budget(config, kind, count * config.parallel.data_parallel_size), is_cpu=kind.is_cpu,
             temporaries=lambda setup: 0 if kind.is_cpu else measure(setup, params, draft_params),
@@ -130,7 +132,9 @@ class Sizer:
         )
         if self.draft is not None:
             check_length(self.draft, setup.shape.length_max)
-        return Sized(setup=setup, params=(params,) if draft_params is None else (params, draft_params))
+        return Sized(
+            setup=setup, params=(params,) if draft_params is None else (params, draft_params), quantization=line
+        )
 
     def parameter_count(self) -> int:
         """Of the served model, whole."""
@@ -138,13 +142,16 @@ class Sizer:
             self._count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(self.spec, "bfloat16")))
         return self._count
 
-    def _abstract(self, dtype: str, mesh: Mesh, config: EngineConfig, *, is_draft: bool = False) -> Any:
+    def _abstract(
+        self, dtype: str, mesh: Mesh, config: EngineConfig, *, is_draft: bool = False
+    ) -> tuple[Any, str]:
+        """The parameters, and how they are packed."""
         key = (is_draft, dtype, mesh, config.model.quantization)
         if key not in self._params:
             spec, folder = (self.draft, self.draft_folder) if is_draft else (self.spec, self.folder)
             assert spec is not None and folder is not None
-            packing = weight_plan(_as_far_as_there(config, folder), spec, folder, mesh, is_draft=is_draft).packing
-            self._params[key] = abstract_params(spec, dtype, mesh, packing)
+            found = weight_plan(_as_far_as_there(config, folder), spec, folder, mesh, is_draft=is_draft)
+            self._params[key] = abstract_params(spec, dtype, mesh, found.packing), found.line
         return self._params[key]
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxserve.quantization.codes import Host, IntCodes
 from jaxserve.quantization.packed import Cut
@@ -54,7 +55,17 @@ class Int8Tensor(QTensor):
 
     def matmul(self, x_TI: Array, axis: str | None = None) -> Array:
         codes_TI, scale_T1 = quantise(x_TI.astype(jnp.float32), self.input_scale, axis)
-        return int8_dot(codes_TI, self.codes_OI).astype(jnp.float32) * scale_T1 * self.scale_O
+        return self._scaled(int8_dot(codes_TI, self.codes_OI), scale_T1)
+
+    def matmul_total(self, x_TI: Array, axis: str, dtype: DTypeLike) -> Array:
+        """In float32 the integers are added up, which take no more room: so many devices give what one gives."""
+        if dtype != jnp.float32:
+            return collectives.total(self.matmul(x_TI, axis), axis, dtype)
+        codes_TI, scale_T1 = quantise(x_TI.astype(jnp.float32), self.input_scale, axis)
+        return self._scaled(collectives.total(int8_dot(codes_TI, self.codes_OI), axis, jnp.int32), scale_T1)
+
+    def _scaled(self, sum_TO: Array, scale_T1: Array) -> Array:
+        return sum_TO.astype(jnp.float32) * scale_T1 * self.scale_O
 
     def take(self, id_T: Array) -> Array:
         codes_TI = jnp.take(self.codes_OI, id_T, axis=0, mode="clip")

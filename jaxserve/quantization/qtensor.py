@@ -10,6 +10,9 @@ from __future__ import annotations
 import abc
 
 from jax import Array
+from jax.typing import DTypeLike
+
+from jaxserve.sharding import collectives
 
 
 class QTensor(abc.ABC):
@@ -25,6 +28,10 @@ class QTensor(abc.ABC):
     @abc.abstractmethod
     def matmul(self, x_TI: Array, axis: str | None = None) -> Array:
         """x · weightᵀ, float32 [T, O]; `axis` is the logical name of the inputs, which devices may share."""
+
+    def matmul_total(self, x_TI: Array, axis: str, dtype: DTypeLike) -> Array:
+        """The same, added up over the devices that share the inputs; sent as `dtype`."""
+        return collectives.total(self.matmul(x_TI, axis), axis, dtype)
 
     @abc.abstractmethod
     def take(self, id_T: Array) -> Array:

@@ -28,7 +28,9 @@ from jaxserve.runner.compile import Executable, Program
 from jaxserve.runner.forward import begin, run_layers
 from jaxserve.runner.inputs import StepLayout, pack
 from jaxserve.runner.programs import CLEAR_PAGES, ProgramSet
+from jaxserve.runner.sample import logits_of_own_rows
 from jaxserve.runner.setup import RunnerSetup
+from jaxserve.sharding import collectives
 
 
 class DraftModel(ProgramSet):
@@ -66,7 +68,9 @@ class DraftModel(ProgramSet):
         layout, count = self.layout(tokens), self._tokens_max + 1
         return self._program(
             f"draft_write_T{tokens}",
-            functools.partial(write_drafts, model=self._model, tree=self._tree, layout=layout),
+            functools.partial(
+                write_drafts, model=self._model, tree=self._tree, layout=layout, vocab_size=self._setup.shape.vocab_size
+            ),
             (self._abstract(self._flat), self._kv, self._tables, self._array(count, layout.size)),
             (self._kv, 0), donated=(1,), closes_over=(layout, count),
         )
@@ -168,9 +172,12 @@ def follow_step(
 
 def write_drafts(
     leaves: Sequence[Array], kv: tuple[LayerKv, ...], page_RM: tuple[Array, ...], packed_IW: Array, *,
-    model: Decoder, tree: Any, layout: StepLayout,
+    model: Decoder, tree: Any, layout: StepLayout, vocab_size: int,
 ) -> tuple[tuple[LayerKv, ...], Array]:
-    """One greedy step after the other, each fed with the tokens of the one before: the pages, and all tokens [I, T]."""
+    """One greedy step after the other, each fed with the tokens of the one before: the pages, and all tokens [I, T].
+
+    Several devices share out the rows of each step, and tell each other the tokens.
+    """
     params = jax.tree.unflatten(tree, leaves)
     layers = range(len(model.spec.layers))
     of_layers = [params[f"layers_{index}"] for index in layers]
@@ -180,8 +187,9 @@ def write_drafts(
         begun = begin(params, page_RM, last_token_R, last_token_R, packed_W, model=model, layout=layout)
         x_TD, kv = run_layers(of_layers, begun.x_TD, begun.turns, begun.context, kv, model=model, layers=layers)
         hidden_TD = model.apply({"params": params}, x_TD, method="finish")
-        logits_TV = model.apply({"params": params}, hidden_TD, method="logits")
-        token_T = jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
+        logits_TV = logits_of_own_rows(model, params, hidden_TD, vocab_size)
+        best_T = jnp.argmax(logits_TV, axis=-1).astype(jnp.int32)
+        token_T = collectives.all_rows(best_T, "samples")[: layout.tokens]
         last_token_R = last_token_R.at[begun.context.row_T].set(token_T, mode="drop")
         return (kv, begun.context.page_RM, last_token_R), token_T
 
@@ -191,7 +199,7 @@ def write_drafts(
 
 
 def _zeros(*, like: tuple[LayerKv, ...]) -> tuple[LayerKv, ...]:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype), like)
 
 
 def _clear(kv: tuple[LayerKv, ...], page_U: Array, *, layers: tuple[int, ...]) -> tuple[LayerKv, ...]:

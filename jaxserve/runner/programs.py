@@ -31,7 +31,6 @@ from jaxserve.runner.setup import RunnerSetup
 from kernels_pallas.native import api as native
 from kernels_pallas.storage import storage_dtype
 
-LOGPROBS = Logprobs(0, 0, 0, 0)     # type: ignore[arg-type] # only its structure matters
 CLEAR_PAGES = 16    # pages that one clear zeroes
 
 
@@ -137,7 +136,8 @@ class ProgramSet:
                 alternatives=alternatives, mode=mode, tells_logprobs=setup.spans_processes,
             ),
             (self._head_leaves, self._sampling, self._rows),
-            (self._rows, Sampled(0, 0, Logprobs(*[of_logprobs] * len(LOGPROBS)))), donated=(2,),    # type: ignore[arg-type]
+            (self._rows, Sampled(0, 0, Logprobs(*[of_logprobs] * len(Logprobs._fields)))),    # type: ignore[arg-type]
+            donated=(2,),
             closes_over=(mode, alternatives, vocab_size, setup.spans_processes),
         )
 
@@ -145,13 +145,17 @@ class ProgramSet:
         """Logprobs of given next tokens for a step of at most `tokens` tokens."""
         setup = self._setup
         alternatives, vocab_size = setup.shape.alternatives_max, setup.shape.vocab_size
+        placement = setup.replicated if setup.spans_processes else setup.by_samples_of_slabs
+        of_logprobs = jax.ShapeDtypeStruct((1, setup.mesh.size), jnp.int32, sharding=placement)
         return self._program(
             f"score_T{tokens}",
             functools.partial(
-                score_step, model=self._model, tree=self._head_tree, vocab_size=vocab_size, alternatives=alternatives
+                score_step, model=self._model, tree=self._head_tree, vocab_size=vocab_size, alternatives=alternatives,
+                tells_logprobs=setup.spans_processes,
             ),
             (self._head_leaves, self._array(tokens, setup.spec.width, dtype=setup.dtype), self._array(tokens)),
-            LOGPROBS, closes_over=(alternatives, vocab_size),
+            Logprobs(*[of_logprobs] * len(Logprobs._fields)),   # type: ignore[arg-type]
+            closes_over=(alternatives, vocab_size, setup.spans_processes),
         )
 
     def admit(self) -> Program:

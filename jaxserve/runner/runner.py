@@ -325,7 +325,8 @@ class PendingDeviceStep:
                     logprobs = _spread(sampled.logprobs, samples_N, count)
             if self._scored is not None:
                 is_scored_T = np.repeat(plan.scores_A, plan.count_A) & (plan.score_target_T >= 0)
-                scores = _spread(self._scored, is_scored_T, plan.token_count, packed=True)
+                in_order = jax.tree.map(lambda x_ZB: np.asarray(x_ZB).reshape(-1, *x_ZB.shape[2:]), self._scored)
+                scores = _spread(in_order, is_scored_T, plan.token_count, packed=True)
         return StepResult(
             step=plan.step, token_A=token_A, is_finite_A=is_finite_A, logprobs=logprobs, scores=scores,
             token_N=token_N,

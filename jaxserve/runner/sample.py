@@ -50,9 +50,14 @@ def sample_step(
     row_count = rows.last_token_R.shape[0]
     row_B = collectives.padded_rows(step.row_B[:count], "samples", row_count)
     position_B = collectives.padded_rows(step.position_B[:count], "samples")
+<<<<<<< HEAD
     is_real_B1 = (step.row_B[:count] < row_count)[:, None]      # zeros cost native products nothing
     hidden_BD = jnp.where(is_real_B1, step.hidden_BD[:count], jnp.zeros((), step.hidden_BD.dtype))
     logits_BV = _logits(model, tree, leaves, hidden_BD, vocab_size)
+=======
+    params = jax.tree.unflatten(tree, leaves)
+    logits_BV = logits_of_own_rows(model, params, step.hidden_BD[:count], vocab_size)
+>>>>>>> d6
     own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
     sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
     sampled = _told_to_all(sampled)
@@ -82,14 +87,18 @@ def _logprobs_of_all(found: Logprobs, wants: Array) -> Logprobs:
 
 def score_step(
     leaves: Sequence[Array], hidden_TD: Array, target_T: Array, *, model: Decoder, tree: Any, vocab_size: int,
-    alternatives: int,
+    alternatives: int, tells_logprobs: bool = False,
 ) -> Logprobs:
-    """Logprobs of `target_T` after each packed position; slabs without a target (-1) cost nothing and give zeros.
+    """Logprobs of `target_T` after each packed position, in slabs [Z, B]; slabs without a target (-1) cost nothing and
+    give zeros. Past T they mean nothing.
 
-    Works in slabs of SCORE_ROWS positions: the logits of a whole chunk at once would dwarf the rest of the step.
+    A slab has SCORE_ROWS positions: the logits of a whole chunk at once would dwarf the rest of the step. Several
+    devices share out the positions of a slab, and each keeps the logprobs of its own, unless it tells them too: with
+    --max-logprobs -1 they are as large as the logits.
     """
     tokens, width = hidden_TD.shape
     devices = collectives.part_count("samples")
+    params = jax.tree.unflatten(tree, leaves)
     slab = -(-min(SCORE_ROWS, tokens) // devices) * devices
     slabs = -(-tokens // slab)
     padding = slabs * slab - tokens
@@ -101,17 +110,16 @@ def score_step(
         own_target_B = collectives.own_rows(jnp.maximum(target_B, 0), "samples")
         found = jax.lax.cond(
             (target_B >= 0).any(),
-            lambda: logprobs(_logits(model, tree, leaves, hidden_BD, vocab_size), own_target_B, alternatives),
+            lambda: logprobs(logits_of_own_rows(model, params, hidden_BD, vocab_size), own_target_B, alternatives),
             lambda: no_logprobs(slab // devices, alternatives),
         )
-        return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found)
+        return jax.tree.map(lambda x_B: collectives.all_rows(x_B, "samples"), found) if tells_logprobs else found
 
-    scored = jax.lax.map(score, (hidden_ZBD, target_ZB))
-    return jax.tree.map(lambda array: array.reshape(slabs * slab, *array.shape[2:])[:tokens], scored)
+    return jax.lax.map(score, (hidden_ZBD, target_ZB))
 
 
-def _logits(model: Decoder, tree: Any, leaves: Sequence[Array], hidden_BD: Array, vocab_size: int) -> Array:
+def logits_of_own_rows(model: Decoder, params: Any, hidden_BD: Array, vocab_size: int) -> Array:
     """Whole logits of the rows that are this device's: no device holds those of all rows."""
     hidden_BD = collectives.padded_rows(hidden_BD, "samples")
-    logits_BV = model.apply({"params": jax.tree.unflatten(tree, leaves)}, hidden_BD, method="logits")
+    logits_BV = model.apply({"params": params}, hidden_BD, method="logits")
     return collectives.rows_of_columns(logits_BV, "vocab", "samples")[:, :vocab_size]

@@ -23,7 +23,7 @@ LogprobsMode = Literal["raw_logprobs", "processed_logprobs", "raw_logits", "proc
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftSetup:
-    """A model that drafts at most `tokens_max` tokens for the served one."""
+    """A model that drafts at most `tokens_max` tokens for the served one; once settled, as one device computes it."""
 
     spec: ModelSpec
     tokens_max: int
@@ -64,6 +64,11 @@ class RunnerSetup:
     def by_samples(self) -> jax.sharding.Sharding:
         """Rows that sample, shared out."""
         return rules.sharding(self.mesh, ("samples",))
+
+    @property
+    def by_samples_of_slabs(self) -> jax.sharding.Sharding:
+        """The rows of each of several slabs, shared out."""
+        return rules.sharding(self.mesh, (None, "samples"))
 
     @property
     def experts(self) -> str:

@@ -104,6 +104,8 @@ def settle(
     """`plan_memory` for devices that need not be there: what it must know of them is the target."""
     vocab_size, is_cpu = spec.vocab_size, target.is_cpu
     spec = device_spec(spec, mesh)
+    if draft is not None:
+        draft = replace(draft, spec=device_spec(draft.spec, mesh))
     row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
     itemsize = jnp.dtype(dtype).itemsize
     size_min = smallest_size(
@@ -122,7 +124,7 @@ def settle(
     )
     memory = grant_pages(
         spec=spec, draft=None if draft is None else draft.spec, budget=target.budget,
-        weight_bytes=_device_bytes((params, draft_params)), temporary_bytes=target.temporaries(setup),
+        weight_bytes=device_bytes((params, draft_params)), temporary_bytes=target.temporaries(setup),
         state_bytes=_state_bytes(setup), page_size=config.cache.block_size,
         itemsize=jnp.dtype(setup.kv_codes or setup.dtype).itemsize,
         scale_bytes=0 if setup.kv_codes is None else SCALE_DTYPE.itemsize, row_count=row_count, tokens_max=tokens_max,
@@ -263,7 +265,7 @@ def _state_bytes(setup: RunnerSetup) -> int:
     return _tree_bytes((state, abstract_tables(setup.shape, setup.replicated)))
 
 
-def _device_bytes(params: Any) -> int:
+def device_bytes(params: Any) -> int:
     """Bytes of the parameters on one device."""
     sizes = []
     for leaf in jax.tree.leaves(params):

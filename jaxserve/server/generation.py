@@ -46,10 +46,10 @@ async def _watched(state: ServerState, request: TextRequest) -> AsyncGenerator[l
     watch = RequestWatch(state.request_metrics, request)
     try:
         log_request(state, request)
-        async with aclosing(engine.stream(request)) as stream:
+        async with aclosing(engine.stream(request, watch.taken_by)) as stream:
             async for deltas in stream:
                 watch.note(deltas)
-                state.request_metrics.note_step(state.engine.stats)
+                watch.note_step(state.engine.engines)
                 failed = next((delta for delta in deltas if delta.finish_reason == "error"), None)
                 if failed is not None:
                     raise EngineError(failed.error or "the engine could not finish this request")

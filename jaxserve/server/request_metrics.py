@@ -6,6 +6,10 @@ Invariant: every choice of a request that started ends in `request_success` exac
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from jaxserve.core.request import EngineStats, SequenceTimes
@@ -28,6 +32,13 @@ PREEMPTION_BUCKETS = (0, 1, 2, 5, 10, 20, 50, 100)
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 
 
+class HasStats(Protocol):
+    """An engine, as far as its newest numbers."""
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+
 def token_buckets(tokens_max: int) -> tuple[int, ...]:
     """1, 2, 5, 10, 20, 50, ... as far as `tokens_max`."""
     series = (mantissa * 10**power for power in range(10) for mantissa in (1, 2, 5))
@@ -35,14 +46,41 @@ def token_buckets(tokens_max: int) -> tuple[int, ...]:
 
 
 class RequestMetrics:
-    """All histograms of one model, and the counter of how requests ended. Mutable."""
+    """All histograms of one model, and the counter of how requests ended, of each engine. Mutable."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, max_model_len: int) -> None:
-        def histogram(name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
-            metric = Histogram(f"vllm:{name}", help_, ("model_name", "engine"), buckets=buckets, registry=registry)
-            return metric.labels(model_name, "0")
+    def __init__(
+        self, registry: CollectorRegistry, model_name: str, max_model_len: int, engine_count: int = 1
+    ) -> None:
+        families: dict[str, Histogram] = {}
+        ended = Counter(
+            "vllm:request_success", "Finished requests by reason.", ("model_name", "engine", "finished_reason"),
+            registry=registry,
+        )
 
-        tokens = token_buckets(max_model_len)
+        def histogram(engine: str, name: str, help_: str, buckets: tuple[float, ...]) -> Histogram:
+            if name not in families:
+                families[name] = Histogram(
+                    f"vllm:{name}", help_, ("model_name", "engine"), buckets=buckets, registry=registry
+                )
+            return families[name].labels(model_name, engine)
+
+        self.engines = tuple(
+            EngineRequestMetrics(
+                partial(histogram, str(number)),
+                {reason: ended.labels(model_name, str(number), reason) for reason in FINISH_REASONS},
+                token_buckets(max_model_len),
+            )
+            for number in range(engine_count)
+        )
+
+
+class EngineRequestMetrics:
+    """Those of the requests that one engine took. Mutable."""
+
+    def __init__(
+        self, histogram: Callable[[str, str, tuple[float, ...]], Histogram], ended: Mapping[str, Counter],
+        tokens: tuple[int, ...],
+    ) -> None:
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self.itl = histogram("inter_token_latency_seconds", "Between tokens.", ITL_BUCKETS)
         self.tpot = histogram("request_time_per_output_token_seconds", "Mean time between tokens.", ITL_BUCKETS)
@@ -61,15 +99,10 @@ class RequestMetrics:
         self.step_tokens = histogram("iteration_tokens_total", "Tokens a step.", STEP_BUCKETS)
         self.preemptions = histogram("request_num_preemptions", "Preemptions a request.", PREEMPTION_BUCKETS)
         self.computed = histogram("request_prefill_kv_computed_tokens", "Prompt tokens computed, not cached.", tokens)
-        ended = Counter(
-            "vllm:request_success", "Finished requests by reason.", ("model_name", "engine", "finished_reason"),
-            registry=registry,
-        )
-        self.ended = {reason: ended.labels(model_name, "0", reason) for reason in FINISH_REASONS}
+        self.ended = ended
         self._step_seen = 0
 
     def note_step(self, stats: EngineStats) -> None:
-        """Called with every batch of deltas: the newest step's tokens, once a step."""
         if stats.step_count != self._step_seen:
             self._step_seen = stats.step_count
             self.step_tokens.observe(stats.step_tokens)
@@ -79,13 +112,23 @@ class RequestWatch:
     """Follows one request from its first delta to its end. Mutable."""
 
     def __init__(self, metrics: RequestMetrics, request: TextRequest) -> None:
-        self._metrics = metrics
+        self._all = metrics
+        self._metrics = metrics.engines[0]
         self._request = request
         self._token_counts: dict[int, int] = {}
         self._newest_s: dict[int, float] = {}
         self._cached: dict[int, int] = {}
         self._ended: set[int] = set()
         self._prompt_len = 0
+
+    def taken_by(self, engine: int) -> None:
+        """Before the first delta."""
+        self._metrics = self._all.engines[engine]
+
+    def note_step(self, engines: Sequence[HasStats]) -> None:
+        """Called with every batch of deltas: the newest step's tokens of each engine, once a step."""
+        for metrics, engine in zip(self._all.engines, engines, strict=True):
+            metrics.note_step(engine.stats)
 
     def note(self, deltas: list[TextDelta]) -> None:
         for delta in deltas:
@@ -136,7 +179,7 @@ class RequestWatch:
         _observe_times(metrics, delta.times, count)
 
 
-def _observe_times(metrics: RequestMetrics, times: SequenceTimes, token_count: int) -> None:
+def _observe_times(metrics: EngineRequestMetrics, times: SequenceTimes, token_count: int) -> None:
     """The phases of one finished sequence; phases it never reached are left out."""
     if not times.scheduled_s:
         return

@@ -91,7 +91,9 @@ class ServerState:
     @cached_property
     def request_metrics(self) -> RequestMetrics:
         """Made when the first request runs: its buckets end at the context length."""
-        return RequestMetrics(self.metrics.registry, self.model_name, self.serving().info.max_model_len)
+        return RequestMetrics(
+            self.metrics.registry, self.model_name, self.serving().info.max_model_len, len(self.engine.engines)
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from jaxserve.core.config import EngineConfig, FrontendConfig, ModelConfig, ServeConfig
@@ -36,10 +36,11 @@ class FakeEngine:
     status: FakeStatus = field(default_factory=FakeStatus)
     stats: EngineStats = field(default_factory=EngineStats)
     profiled: list[str | None] = field(default_factory=list)
+    others: list[FakeEngine] = field(default_factory=list)
 
     @property
     def engines(self) -> list[FakeEngine]:
-        return [self]
+        return [self, *self.others]
 
     async def profile(self, folder: str | None) -> None:
         if (folder is None) == (self.profiled[-1:] in ([], [None])):
@@ -66,6 +67,7 @@ class FakeTextEngine:
             cache_config={"cache_dtype": "auto", "gpu_memory_utilization": "0.92", "enable_prefix_caching": "True"},
         )
         self.stats = EngineStats()
+        self.engine_number = 0
         self.pause_s = 0.0
         self.hold = asyncio.Event()
         self.hold.set()
@@ -76,8 +78,12 @@ class FakeTextEngine:
         self.live: set[str] = set()
         self.aborted: list[str] = []
 
-    async def stream(self, request: TextRequest) -> AsyncIterator[list[TextDelta]]:
+    async def stream(
+        self, request: TextRequest, told: Callable[[int], None] | None = None
+    ) -> AsyncIterator[list[TextDelta]]:
         ids = self._prepare(request)
+        if told is not None:
+            told(self.engine_number)
         assert request.request_id not in self.live
         self.seen.append(request)
         self.live.add(request.request_id)

@@ -17,9 +17,9 @@ from jaxserve.cluster.frames import FrameError, Frames
 from jaxserve.cluster.handshake import RefusedError, greet, join
 from jaxserve.cluster.link import SILENCE_S_MAX, Link, Pulse
 from jaxserve.cluster.members import Follower, Leader, check_same, follow, lead
-from jaxserve.cluster.messages import Agree, Beat, ClearPages, Hello, Launch, Message, Stop, decode, encode
+from jaxserve.cluster.messages import Agree, Beat, ClearPages, Draft, Hello, Launch, Message, Stop, decode, encode
 from jaxserve.core.errors import ConfigError, EngineError
-from jaxserve.core.plan import PageUpdates, RowAdmission, StepPlan
+from jaxserve.core.plan import DraftPlan, PageUpdates, RowAdmission, StepPlan
 from jaxserve.core.sampling_params import SamplingParams
 from tests.conftest import free_port
 
@@ -42,6 +42,13 @@ def plan() -> StepPlan:
         samples_A=np.array([True, True]), scores_A=np.array([False, True]), token_T=ints(0, 4, 5),
         score_target_T=ints(-1, 5, -1), decode_count=1, admissions=(admission,),
         page_updates=(PageUpdates(row_U=ints(1), index_U=ints(0), page_U=ints(3)),), draft_A=ints(0, 1),
+    )
+
+
+def draft_plan() -> DraftPlan:
+    return DraftPlan(
+        row_N=ints(1, 3), start_N=ints(8, 2), token_N=ints(4, 5), count_N=ints(2, 1),
+        pages=PageUpdates(row_U=ints(1), index_U=ints(0), page_U=ints(3)),
     )
 
 
@@ -86,8 +93,8 @@ def meeting(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[Any, An
 
 
 @pytest.mark.parametrize("message", [
-    Beat(), Hello({"max-num-seqs": "4"}), Agree("memory", (1, -2, 2**40)), Launch(plan()), ClearPages(1, (4, 5)),
-    Stop("why"),
+    Beat(), Hello({"max-num-seqs": "4"}), Agree("memory", (1, -2, 2**40)), Launch(plan()), Draft(draft_plan()),
+    ClearPages(1, (4, 5)), Stop("why"),
 ], ids=lambda message: type(message).__name__)
 def test_every_message_arrives_as_it_was_sent(message: Message) -> None:
     found = decode(encode(message))
@@ -343,7 +350,9 @@ def test_a_name_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> No
 def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "CONNECT_S_MAX", 0.1)
     address = ("127.0.0.1", free_port())
+    missing: list[str] = []
     with pytest.raises(ConfigError, match="node-rank 1, 2 did not come"):
-        lead(address, 3, secret=SECRET, settings={}, on_lost=lambda reason: None)
+        lead(address, 3, secret=SECRET, settings={}, on_lost=lambda reason: None, on_waiting=missing.append)
+    assert missing == ["1, 2"], "for /health"
     with pytest.raises(ConfigError, match="no leader at"):
         follow(address, 1, 3, secret=SECRET, settings={}, on_lost=lambda reason: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxserve.cluster.entry import settings
 from jaxserve.cluster.handshake import SECRET
 from jaxserve.core.errors import ConfigError
 from jaxserve.flags import engine_config_from_kwargs, parse_serve_args
@@ -60,6 +61,16 @@ def test_auto_wants_what_the_starter_does_not_say() -> None:
         placed({"nnodes": None}, MPI)
     with pytest.raises(ConfigError, match="not a number"):
         placed({"nnodes": None}, LWS | {"LWS_GROUP_SIZE": "two"})
+
+
+def test_folders_may_differ_from_machine_to_machine_and_nothing_else_may() -> None:
+    def of(model: str, draft: str, count: int = 4) -> dict[str, str]:
+        drafting = {"method": "draft_model", "model": draft, "num_speculative_tokens": count}
+        return settings(engine_config_from_kwargs(model, speculative_config=drafting))
+
+    assert of("/a/m", "/a/d") == of("/b/m", "/b/d")
+    differing = {name for name, value in of("m", "d").items() if of("m", "d", 5)[name] != value}
+    assert differing == {"speculative-config"}
 
 
 def test_only_auto_reads_the_environment() -> None:

@@ -45,13 +45,14 @@ class FakeAsyncEngine(AsyncEngine):
     def live_count(self) -> int:
         return self.live
 
-    def submit(self, requests: Sequence[EngineRequest], sink: object) -> None:
+    def submit(self, requests: Sequence[EngineRequest], sink: object) -> int:
         if self.status.phase == "dead":
             raise EngineDeadError("the engine is dead")
         if self.is_full:
             raise EngineBusyError("full")
         self.got += [request.request_id for request in requests]
         self.live += len(requests)
+        return 0
 
 
 def request(name: str, *tokens: int, salt: str | None = None) -> EngineRequest:
@@ -64,7 +65,9 @@ def router(count: int = 2) -> tuple[EngineRouter, list[FakeAsyncEngine]]:
 
 
 def send(to: EngineRouter, *requests: EngineRequest) -> None:
-    to.submit(requests, lambda _: None)
+    count = len(requests)
+    number = to.submit(requests, lambda _: None)
+    assert to.engines[number].got[-count:] == [one.request_id for one in requests], "it says who took them"
 
 
 def test_strangers_go_to_the_idlest():

@@ -10,7 +10,7 @@ from jaxserve.core.request import EngineStats
 from jaxserve.server.request_metrics import token_buckets
 from jaxserve.server.stats_log import log_stats, stats_line
 from tests.control.server_calls import call, chat, complete
-from tests.control.server_fakes import make_state
+from tests.control.server_fakes import FakeEngine, make_state
 
 HISTOGRAMS = [
     f"vllm:{name}"
@@ -96,6 +96,19 @@ def samples(state) -> dict[str, dict[tuple, float]]:
         for sample in family.samples:
             found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
     return found
+
+
+def test_requests_are_counted_under_the_engine_that_took_them(state):
+    state.engine.others = [FakeEngine(stats=EngineStats(step_count=3, step_tokens=7))]
+    for number, count in ((1, 2), (0, 1)):
+        state.text_engine.engine_number = number
+        for _ in range(count):
+            call(state, "POST", "/v1/completions", json={"prompt": "x", "max_tokens": 3})
+    for engine, count in (("0", 1), ("1", 2)):
+        for name in ("request_success_total", "time_to_first_token_seconds_count", "request_generation_tokens_count"):
+            assert total(state, f"vllm:{name}", engine=engine) == count, (name, engine)
+    assert total(state, "vllm:iteration_tokens_total_sum", engine="1") == 7, "one step, its own tokens"
+    assert total(state, "vllm:iteration_tokens_total_count", engine="0") == 0
 
 
 def total(state, name: str, **labels: str) -> float:

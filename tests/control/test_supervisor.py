@@ -31,6 +31,9 @@ if mode == "stall":
     end.send(Alive())
 if mode in ("hang", "stall"):
     time.sleep(60)
+if mode == "listen":
+    end.send(Alive())
+    os._exit(0 if isinstance(end.receive(), Alive) else 4)
 while not isinstance(end.receive(), (Shutdown, type(None))):
     pass
 """
@@ -128,6 +131,28 @@ def test_an_engine_of_several_machines_that_stalls_ends_the_server(tmp_path, mon
         with pytest.raises(EngineGaveUpError, match="hung: silent for"):
             await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
         assert supervisor.engine.status.phase == "dead" and not _is_alive(supervisor.process.pid)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_of_several_machines_that_never_speaks_ends_the_server(tmp_path, monkeypatch):
+    """Stopped while it starts: before it could say that it is alive."""
+    monkeypatch.setattr("jaxserve.supervisor.FIRST_BEAT_S_MAX", 1.0)
+
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "hang", OF_SEVERAL)
+        with pytest.raises(EngineGaveUpError, match="hung: silent for"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
+        assert not _is_alive(supervisor.process.pid)
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_of_several_machines_is_told_that_its_server_is_alive(tmp_path):
+    async def scenario() -> None:
+        supervisor = _supervisor(tmp_path, "listen", OF_SEVERAL)
+        with pytest.raises(EngineGaveUpError, match="^the engine process ended with status 0$"):
+            await asyncio.wait_for(supervisor.run(supervisor.spawn()), 20)
 
     asyncio.run(scenario())
 

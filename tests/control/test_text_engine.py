@@ -165,6 +165,19 @@ def test_an_engine_that_refuses() -> None:
     run(scenario)
 
 
+def test_it_says_which_engine_took_a_request() -> None:
+    async def scenario(engine: FakeAsyncEngine) -> None:
+        told: list[int] = []
+        stream = TextEngine(engine, TEXT).stream(request(), told.append)
+        first = asyncio.ensure_future(anext(stream))
+        await engine.submitted.wait()
+        engine.say(output("r/0", 1, end="length"))
+        await first
+        assert told == [1]
+
+    run(scenario)
+
+
 def test_one_id_at_a_time() -> None:
     async def scenario(engine: FakeAsyncEngine) -> None:
         reader = Reader(engine, request())

@@ -1,21 +1,18 @@
 """`--attention-backend`: Triton's kernels through the engine, interpreted, give XLA's tokens; refusals at start.
 
-The interpreter is reached by replacing the kernels' functions: it is no option of the server.
+On several devices: test_tensor_parallel.py.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxserve.core.errors import ConfigError
-from kernels_pallas import contract
 from tests.device.fixture_models import FIXTURES
+from tests.device.interpreted_kernels import OPS, interpret
 from tests.device.test_kv_codes import scored
 
 LLAMA = FIXTURES / "tiny-llama3"
@@ -23,19 +20,8 @@ LLAMA = FIXTURES / "tiny-llama3"
 
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Triton's kernels, interpreted, with no refusal; counts how often each is traced."""
-    traced: dict[str, int] = {}
-    monkeypatch.setattr(contract, "triton_refusals", lambda *_, **__: [])
-    for op in ("paged_decode", "paged_prefill", "kv_write"):
-        module = importlib.import_module(f"kernels_pallas.{op}.triton")
-        kernel = functools.partial(getattr(module, op), is_interpreted=True)
-
-        def count(*arrays: Any, kernel: Any = kernel, op: str = op, **options: Any) -> Any:
-            traced[op] = traced.get(op, 0) + 1
-            return kernel(*arrays, **options)
-
-        monkeypatch.setattr(module, op, count)
-    return traced
+    """How often each kernel is traced."""
+    return interpret(monkeypatch.setattr)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -45,7 +31,7 @@ def test_triton_through_the_engine_gives_the_tokens_of_xla(interpreted: dict[str
     expected, tokens, _ = scored(LLAMA, attention_backend="xla", **options)
     assert not interpreted
     got, same_tokens, _ = scored(LLAMA, attention_backend="triton", **options)
-    assert interpreted.keys() == {"paged_decode", "paged_prefill", "kv_write"}
+    assert interpreted.keys() == set(OPS)
     assert same_tokens == tokens
     np.testing.assert_allclose(got, expected, atol=1e-4)
 

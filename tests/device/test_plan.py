@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxserve.plan.sizes import Sized, Sizer
 from jaxserve.plan.temporaries import estimate
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import RunnerSetup
-from scripts.write_plan import PAGE, written
+from scripts.write_plan import GUIDE, PAGE, guide_sections, sections, written
 from tests.device.hub_configs import HUB
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -167,6 +167,7 @@ def test_what_does_not_fit_says_why_and_what_would(tmp_path: Path):
     assert same.words == "--quantization int8" and more.words == "--devices 2xL4"
     again = answer(tmp_path, WIDE, "L4", quantization="int8")
     assert isinstance(again, Plan) and again.memory == same.plan.memory and again.fits == same.plan.fits
+    assert again.sized.quantization == "int8: 12 matrices", "it says what is packed"
 
 
 def test_splitting_comes_before_shortening(tmp_path: Path):
@@ -217,8 +218,9 @@ def test_shipped_shapes_are_models(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.slow
-def test_the_page_is_what_this_version_computes():
-    assert PAGE.read_text(encoding="utf-8") == written(PAGE.read_text(encoding="utf-8")), "run `make docs`"
+@pytest.mark.parametrize(("page", "computed"), [(PAGE, sections), (GUIDE, guide_sections)])
+def test_the_page_is_what_this_version_computes(page: Path, computed: Callable[[], Iterable[tuple[str, str]]]):
+    assert page.read_text(encoding="utf-8") == written(page.read_text(encoding="utf-8"), computed()), "run `make docs`"
 
 
 def test_the_formula_is_above_what_the_compiler_said():

@@ -49,6 +49,7 @@ def assert_alike(found: dict[int, dict[str, Any]]) -> None:
     for size, of_size in found.items():
         assert of_size["tokens"] == found[1]["tokens"], size
         assert of_size["weight_bytes"] == of_size["planned_bytes"], size
+        assert of_size["is_as_planned_without_devices"], "what `jaxserve plan` says"
 
 
 def test_four_bits_on_two_devices(tmp_path: Path) -> None:
@@ -67,6 +68,23 @@ def test_keys_and_values_in_eight_bits_on_two_devices(name: str, asked: str) -> 
     assert found[2]["shaped"] == found[1]["shaped"]
     np.testing.assert_allclose(found[2]["logprobs"], found[1]["logprobs"], atol=2e-4)
     assert found[2]["page_bytes"] * 2 == found[1]["page_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "asked", "sizes"), [
+    ("tiny-llama3", "int8", (1, 2, 4)), ("tiny-qwen2", "int8", (1, 2, 4)),
+    ("tiny-llama3", "fp8", (1, 2)),     # four devices would have 24 inputs of `down`: no whole groups of 16
+])
+def test_weights_packed_by_the_server_on_several_devices(name: str, asked: str, sizes: tuple[int, ...]) -> None:
+    """An output that lies on several devices has one scale, and so has a row of activations: codes are those of one
+    device, but for activations that another order of float32 sums rounds to the other side of a tie. Integers are
+    added up as such."""
+    found = measured_folder(FIXTURES / name, sizes, quantization=asked)
+    for size in sizes[1:]:
+        assert found[size]["weight_bytes"] < 1.2 / size * found[1]["weight_bytes"], "nothing is decoded"
+        off = np.abs(np.subtract(found[size]["scores"], found[1]["scores"]))
+        assert np.median(off) < 1e-5 and off.mean() < 1e-3, (size, off.mean(), off.max())
+        assert asked == "fp8" or found[size]["tokens"] == found[1]["tokens"], size
 
 
 def test_mxfp4_experts_split_over_two_devices() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
+import jax.numpy as jnp
 import pytest
 
 from jaxserve.core.errors import CapacityError, ConfigError
 from jaxserve.runner.buckets import Buckets, choose_buckets, holder
-from jaxserve.runner.memory import Budget, grant_pages
+from jaxserve.runner.memory import Budget, grant_pages, tightest
+from jaxserve.runner.start import plan_memory
 from kernels_pallas.native import api as native
-from tests.device.tiny import tiny_spec
+from tests.device.tiny import PAGE_SIZE, tiny_config, tiny_mesh, tiny_params, tiny_setup, tiny_spec
 
 MIB = 1 << 20
 PAGE_BYTES = 2 * 2 * 2 * 16 * 16 * 2        # the tiny model's pages of 16 slots in two bytes: 4096
@@ -121,9 +125,39 @@ def test_the_serving_set_is_one_bucket_of_each_kind():
     assert buckets.serving(whole_prompts=True) == Buckets(tokens=(512,), rows=(16,))
 
 
-def test_sizes_that_contradict_each_other_are_refused(tmp_path):
-    from tests.device.tiny import tiny_config, tiny_params, tiny_setup
+def test_several_processes_plan_with_the_tightest_of_their_memories():
+    budgets = [
+        Budget(total_bytes=100, budget_bytes=90, reserve_bytes=5),
+        Budget(total_bytes=80, budget_bytes=70, reserve_bytes=4),
+        Budget(total_bytes=90, budget_bytes=60, reserve_bytes=9),
+    ]
+    said: list[Sequence[int]] = []
+    for budget in budgets:
+        tightest(budget, lambda values: said.append(values) or tuple(values))      # type: ignore[func-returns-value]
+    agreed = tuple(map(min, *said))
+    expected = Budget(total_bytes=80, budget_bytes=60, reserve_bytes=9)
+    assert [tightest(budget, lambda _: agreed) for budget in budgets] == [expected] * 3
+    small = replace(budgets[0], pool_bytes_default=7)
+    assert tightest(small, lambda values: tuple(map(min, values, (80, 70, -4, 3)))).pool_bytes_default == 3
 
+
+def test_pages_are_what_the_process_with_the_least_memory_has_room_for(tmp_path):
+    spec, config = tiny_spec(), tiny_config(store=tmp_path / "store")
+    params, page_bytes = tiny_params(spec), 2 * 2 * 2 * 16 * PAGE_SIZE * 4
+    config = replace(config, cache=replace(config.cache, kv_cache_memory_bytes=None))
+
+    def least(values: Sequence[int]) -> tuple[int, ...]:
+        """Another process has as much, but room for 20 pages only."""
+        return (*values[:3], min(values[3], 20 * page_bytes)) if len(values) == 4 else tuple(values)
+
+    planned = functools.partial(
+        plan_memory, spec=spec, params=params, mesh=tiny_mesh(), dtype=jnp.dtype(jnp.float32), config=config
+    )
+    assert planned().shape.groups[0].page_count > 20
+    assert planned(least=least).shape.groups[0].page_count == 20
+
+
+def test_sizes_that_contradict_each_other_are_refused(tmp_path):
     spec = tiny_spec()
     params, config = tiny_params(spec), tiny_config(store=tmp_path / "store")
     with pytest.raises(ConfigError, match="max-num-batched-tokens 4 is less than max-num-seqs 8"):

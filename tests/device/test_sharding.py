@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,12 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.core.model_spec import Experts, GatedMlp, ModelSpec, MoeMlp, Router
+from jaxserve.core.model_spec import Experts, GatedMlp, LatentAttention, ModelSpec, MoeMlp, Router
 from jaxserve.models.decoder import abstract_params
+from jaxserve.models.registry import spec_from_config
 from jaxserve.sharding.split import Run, device_spec, runs, split_heads
 from jaxserve.weights.shards import layouts, read_shard
+from tests.device.hub_configs import HUB
 from tests.device.tiny import tiny_spec
 
 
@@ -100,6 +104,50 @@ def test_weights_of_a_device_are_half_where_two_divide_everything():
     routers = 2 * 8 * 32 * 4
     one, two = (device_bytes(spec, count) - norms - routers for count in (1, 2))
     assert 2 * two == one
+
+
+# What every device has whole. A bias is added once, after the sum over devices; norms see whole rows.
+WHOLE = re.compile(
+    r"(^|\.)\w*norm\.(weight|bias)$|^mlp\.router\w*$|^mlp\.shared_gate\.weight$|^(attention\.out|mlp\.down)\.bias$"
+    r"|^mlp\.experts_down_bias$|^attention\.(latent|query_down)\.weight$|^positions\.weight$"
+)
+
+
+@pytest.mark.parametrize(("name", "whole_experts"), [
+    ("Llama-3.1-8B", False), ("Qwen2.5-7B", False), ("gemma-3-1b", False), ("gpt2", False), ("Qwen3-30B-A3B", False),
+    ("Qwen3-30B-A3B", True), ("DeepSeek-V2-Lite", True),
+])
+def test_weights_fall_with_devices_and_pages_with_kv_heads(name, whole_experts):
+    """1/N of all that is not in WHOLE, but for heads that N does not divide; keys and values 1/min(N, kv heads)."""
+    spec = spec_from_config(HUB[name])
+    spec = replace(spec, layers=spec.layers[-1:])
+    is_latent = isinstance(spec.layers[0].attention, LatentAttention)
+    alone = {path: leaf.size for path, leaf in named(abstract_params(spec, jnp.bfloat16))}
+    for size in (2, 8):
+        mesh = mesh_of(size, whole_experts=whole_experts)
+        for path, leaf in named(abstract_params(spec, jnp.bfloat16, mesh)):
+            here, whole = int(np.prod(leaf.sharding.shard_shape(leaf.shape))), alone[path]
+            short = re.sub(r"^layers_\d+\.", "", path)
+            if WHOLE.search(short):
+                assert here == whole, (path, size)
+            elif short in ("attention.qkv.weight", "attention.qkv.bias", "attention.out.weight") and not is_latent:
+                a = spec.layers[0].attention
+                (queries, mine), *_ = split_heads(a.head_count, a.kv_head_count, size)
+                parts = (len(queries) + 2 * len(mine), a.head_count + 2 * a.kv_head_count)
+                parts = (len(queries), a.head_count) if "out" in short else parts
+                assert here * parts[1] == whole * parts[0], (path, size)
+            elif short in ("embedding.weight", "head.weight"):
+                assert here == -(-spec.vocab_size // size) * spec.width, (path, size)
+            else:
+                assert here * size == whole, (path, size)
+        for ours, theirs in zip(device_spec(spec, mesh).kv_groups, spec.kv_groups, strict=True):
+            held = theirs.kv_head_count if not theirs.has_values else -(-theirs.kv_head_count // size)
+            assert ours.kv_head_count == held and ours.head_dim == theirs.head_dim
+
+
+def named(params: Any) -> list[tuple[str, jax.ShapeDtypeStruct]]:
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    return [(".".join(str(key.key) for key in path), leaf) for path, leaf in flat]
 
 
 def device_bytes(spec: ModelSpec, size: int) -> int:

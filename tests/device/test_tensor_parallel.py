@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def measured(
-    name: str, sizes: tuple[int, ...], *, whole_experts: bool = False, is_counted: bool = False
+    name: str, sizes: tuple[int, ...], *, whole_experts: bool = False, is_counted: bool = False, **options: Any
 ) -> dict[int, dict[str, Any]]:
     folder = FIXTURES / name
     task = {
         "folder": str(folder), "sizes": sizes, "whole_experts": whole_experts, "is_counted": is_counted,
+        "options": options,
     }
     search = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     done = subprocess.run(
@@ -59,12 +60,34 @@ def test_a_dense_model_on_several_devices_and_what_they_send():
     assert sent["layers"] == {"all-reduce": 2 * layer_count}, "after attention-out and mlp-down"
     assert sent["finish"] == {}
     assert sent["sample"] == {"all-to-all": 1, "all-gather": 1}, "logits to rows; the tokens"
+    assert sent["score"] == {"all-to-all": 1}, "a prompt's logprobs stay where they were computed"
     assert found[3]["page_bytes"] * 2 == found[1]["page_bytes"], "two kv heads: at most one on each"
 
 
 def test_experts_shared_out_whole():
     found = measured("families/qwen3-moe", (2,), whole_experts=True, is_counted=True)
     assert set(found[2]["collectives"]["layers"]) == {"all-reduce"}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("tiny-qwen2", (3,)), pytest.param("families/qwen3-moe", (1, 2, 4, 8), marks=pytest.mark.slow),
+])
+def test_a_model_that_drafts_is_split_too(name, sizes):
+    """The model as its own draft: what it computes is what comes true, unless a device had a part of it wrong."""
+    drafting = {"method": "draft_model", "model": str(FIXTURES / name), "num_speculative_tokens": 3}
+    found = measured(name, sizes, is_counted=True, speculative_config=drafting)
+    for size, of_size in found.items():
+        assert of_size["drafts_accepted"] > 0.6, size
+        if size > 1:    # steps of 16 samples, scores of 16 positions, drafts of 16 rows at most
+            assert all(count <= -(-16 // size) for count in of_size["whole_rows"].values()), of_size["whole_rows"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-llama3", "tiny-qwen2"])
+def test_kernels_of_pallas_on_several_devices(name):
+    """Triton's, interpreted: each device runs them on its own heads and pages."""
+    found = measured(name, (1, 2, 4), attention_backend="triton")
+    assert_alike(found)
 
 
 @pytest.mark.slow

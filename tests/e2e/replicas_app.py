@@ -2,7 +2,7 @@
 
     python replicas_app.py PORT FOLDER '{"model": "…", "min-replicas": 2}'
 
-Prints one line once the application serves.
+Prints one line once the application serves. A line of input is other options, to be deployed in their place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     serve.run(build_app(json.loads(options)), name="jaxserve", route_prefix="/")
     print("serving", flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        serve.run(build_app(json.loads(line)), name="jaxserve", route_prefix="/")
+        print("serving", flush=True)
     serve.shutdown()
     ray.shutdown()
 

@@ -21,6 +21,14 @@ def engine_metric(url: str, name: str) -> dict[str, float]:
     return {line.split('engine="')[1][0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
+def finished(url: str) -> list[tuple[str, float]]:
+    """Samples of how requests ended."""
+    lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
+    return [
+        (line, float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith("vllm:request_success_total{")
+    ]
+
+
 def test_two_engines_answer_and_one_may_die(serve, tiny_llama):
     server = serve("--model", str(tiny_llama), *SMALL, "--data-parallel-size", "2", "--enforce-eager")
     engines = children(server.pid)
@@ -50,5 +58,10 @@ def test_two_engines_answer_and_one_may_die(serve, tiny_llama):
     for number in range(6):
         assert post(server.url, max_tokens=2, prompt=[number, 1, 2]).status_code == 200
     assert engine_metric(server.url, "vllm:generation_tokens_total")["0"] > 0, "the one that came back takes its part"
+    done = {
+        engine: [value for line, value in finished(server.url) if f'engine="{engine}"' in line] for engine in ("0", "1")
+    }
+    assert all(sum(values) > 0 for values in done.values()), "each engine's own requests"
+    assert requests.get(server.url, timeout=5).text.startswith("<!doctype html>"), "one page for all"
     os.kill(server.pid, signal.SIGTERM)
     assert server.wait_exit(30) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -30,10 +31,12 @@ Pair = tuple[Server, Server]
 @pytest.fixture
 def start_pair(serve, tiny_llama) -> Callable[..., Pair]:
     """Starts leader and follower, and waits until they serve."""
-    def start(*flags: str, wait: bool = True, model: Path = tiny_llama, sizes: tuple[str, ...] = SMALL) -> Pair:
+    def start(
+        *flags: str, wait: bool = True, model: Path = tiny_llama, sizes: tuple[str, ...] = SMALL, port: int = 0
+    ) -> Pair:
         shared = (
             "--model", str(model), *sizes, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
-            "--master-port", str(free_port()), *flags,
+            "--master-port", str(port or free_port()), *flags,
         )
         leader = serve(*shared, wait=False, environment=ENVIRONMENT)
         follower = serve(*shared, "--node-rank", "1", wait=False, environment=ENVIRONMENT)
@@ -68,13 +71,32 @@ def test_two_processes_answer_as_one_and_stop_together(serve, start_pair, tiny_l
     one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
     expected = answers(one.url)
     one.stop()
-    leader, follower = start_pair()
+    port = free_port()
+    leader, follower = start_pair(port=port)
     assert "4 x cpu on 2 machines" in leader.log()
+    assert listening(port) == {"127.0.0.1"}, "jax's coordinator is on --master-addr only"
+    assert listening(port + 1) == set(), "all are here: our channel takes nobody else"
     assert answers(leader.url) == expected
     os.kill(follower.pid, signal.SIGTERM)
     assert answers(leader.url) == expected, "a follower's SIGTERM is left to the leader"
     leader.stop()
     assert follower.wait_exit(NOTICED_S_MAX) == 0
+
+
+def listening(port: int) -> set[str]:
+    """Addresses that somebody listens on at a port of this machine."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:       # LISTEN; words of four bytes in the machine's order
+                found.add(socket.inet_ntoa(bytes.fromhex(address[-8:])[::-1]) if _is_v4(address) else address)
+    return found
+
+
+def _is_v4(address: str) -> bool:
+    return len(address) == 8 or address[:24] == "0000000000000000FFFF0000"
 
 
 @pytest.mark.slow
@@ -94,6 +116,22 @@ def test_whole_experts_on_two_machines(serve, start_pair):
     one.stop()
     leader, _ = start_pair("--enable-expert-parallel", "--skip-tokenizer-init", model=model, sizes=SHORT)
     assert ids(leader.url) == expected
+
+
+@pytest.mark.slow
+def test_a_model_that_drafts_on_two_machines(serve, start_pair, tiny_llama):
+    one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
+    expected = answers(one.url)
+    one.stop()
+    drafting = {"method": "draft_model", "model": str(tiny_llama), "num_speculative_tokens": 3}
+    leader, _ = start_pair("--speculative-config", json.dumps(drafting))
+    assert answers(leader.url) == expected
+    page = requests.get(f"{leader.url}/metrics", timeout=10).text
+    drafted, accepted = (
+        sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(f"vllm:spec_decode_{name}"))
+        for name in ("num_draft_tokens_total", "num_accepted_tokens_total")
+    )
+    assert drafted > 0 and accepted > 0.5 * drafted
 
 
 def ids(url: str) -> list[Any]:
@@ -131,7 +169,7 @@ class Stream(threading.Thread):
     ("follower", signal.SIGKILL),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         ("engine", signal.SIGKILL), ("leader", signal.SIGKILL),
-        ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP),
+        ("follower", signal.SIGSTOP), ("engine", signal.SIGSTOP), ("leader", signal.SIGSTOP),
     )),
 ], ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number):
@@ -149,6 +187,7 @@ def test_a_process_that_dies_or_stalls_ends_them_all(start_pair, victim, number)
     assert stream.end_s and stream.end_s - begin_s < NOTICED_S_MAX, "the running request hangs"
     if victim == "leader":
         assert "broken" in stream.events[-1]
+        assert leader.wait_exit(NOTICED_S_MAX) == -signal.SIGKILL, "stopped, it is killed by its engine"
     else:
         assert "engine died" in stream.events[-1]["error"]["message"], stream.events[-1]
         assert leader.wait_exit(NOTICED_S_MAX + 5) == 1

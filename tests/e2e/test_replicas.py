@@ -38,14 +38,21 @@ WAIT_S_MAX = 120.0
 class Replicas:
     """An application that serves at `url`."""
 
-    def __init__(self, url: str, pid: int) -> None:
-        self.url, self._pid = url, pid
+    def __init__(self, url: str, process: subprocess.Popen[str]) -> None:
+        self.url, self._process, self._pid = url, process, process.pid
         self.client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
         self.model = self.client.models.list().data[0].id
 
     def pids(self) -> list[int]:
         """Processes of Ray's that hold a replica of this application."""
         return [pid for pid in _processes("ray::ServeReplica:jaxserve:replica") if _session(pid) == _session(self._pid)]
+
+    def deploy(self, options: dict[str, Any]) -> None:
+        """Other options in their place; returns when they serve."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(options) + "\n")
+        self._process.stdin.flush()
+        assert self._process.stdout.readline().strip() == "serving"
 
     def metric(self, name: str) -> dict[str, float]:
         """A metric's value by replica."""
@@ -94,7 +101,7 @@ def application(folder: Path, port: int, **options: Any) -> Iterator[Replicas]:
         try:
             assert process.stdout is not None
             assert process.stdout.readline().strip() == "serving", log.read_text()
-            replicas = Replicas(f"http://127.0.0.1:{port}", process.pid)
+            replicas = Replicas(f"http://127.0.0.1:{port}", process)
             yield replicas
             pids = replicas.pids()
             process.communicate("", timeout=60)
@@ -155,9 +162,7 @@ def check_life(model: str, cache: Path, folder: Path, *, tokens: int, options: d
         threads = [threading.Thread(target=client, args=(number,)) for number in range(STREAMS)]
         for thread in threads:
             thread.start()
-        replicas.wait(
-            lambda: [value > 0 for value in replicas.metric("vllm:num_requests_running").values()] == [True] * 2
-        )
+        replicas.wait(lambda: [v > 0 for v in replicas.metric("vllm:num_requests_running").values()] == [True] * 2)
         killed.set()
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
@@ -172,6 +177,80 @@ def check_life(model: str, cache: Path, folder: Path, *, tokens: int, options: d
         for number in range(8):
             assert stream(replicas, number, 2) == "whole"
         assert all(replicas.metric("vllm:generation_tokens_total").values()), "the one that came back takes its part"
+
+
+SMALL = {"dtype": "float32", "max-model-len": 256, "max-num-seqs": 4, "kv-cache-memory-bytes": "16M",
+         "enforce-eager": "true", "api-key": KEY}
+
+
+@pytest.mark.slow
+def test_a_queue_brings_another_replica(tiny_llama, compile_cache, folder):
+    options = SMALL | {
+        "model": str(tiny_llama), "compilation-cache-dir": str(compile_cache), "min-replicas": 1, "max-replicas": 2,
+        "target-ongoing-requests": 2,
+    }
+    with application(folder, free_port(), **options) as replicas:
+        assert len(replicas.pids()) == 1
+        done, ends = threading.Event(), []
+
+        def client(number: int) -> None:
+            while not done.is_set():
+                ends.append(stream(replicas, number, 100))
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        try:
+            replicas.wait(lambda: len(replicas.metric("vllm:num_requests_running")) == 2)
+            replicas.wait(lambda: all(replicas.metric("vllm:generation_tokens_total").values()))
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join(WAIT_S_MAX)
+        assert set(ends) == {"whole"}
+
+
+@pytest.mark.slow
+def test_what_is_replaced_finishes_its_streams(tiny_llama, compile_cache, folder):
+    options = SMALL | {"model": str(tiny_llama), "compilation-cache-dir": str(compile_cache), "shutdown-timeout": 60}
+    with application(folder, free_port(), **options) as replicas:
+        old, ends, done = replicas.pids(), [], threading.Event()
+
+        def client(number: int) -> None:
+            while not done.is_set():
+                ends.append(stream(replicas, number, 240))
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        replicas.wait(lambda: any(replicas.metric("vllm:num_requests_running").values()))
+        replicas.deploy(options | {"max-num-seqs": 2})
+        replicas.wait(lambda: not any(is_alive(pid) for pid in old))
+        done.set()
+        for thread in threads:
+            thread.join(WAIT_S_MAX)
+        assert len(ends) >= len(threads) and set(ends) == {"whole"}, Counter(ends)
+        assert set(replicas.pids()).isdisjoint(old) and stream(replicas, 1, 4) == "whole"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")     # of Ray's own modules
+def test_what_ray_is_asked_for(tiny_llama):
+    from jaxserve.replicas.build import _replica_options
+    from jaxserve.replicas.options import read_options
+
+    def asked(**more: Any) -> dict[str, Any]:
+        return _replica_options(*read_options({"model": str(tiny_llama), "shutdown-timeout": 30, **more}))
+
+    fixed = asked(**{"min-replicas": 3, "num-cpus": 2, "prefix-routing": "false"})
+    assert fixed["num_replicas"] == 3 and "autoscaling_config" not in fixed
+    assert fixed["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0}
+    assert fixed["graceful_shutdown_timeout_s"] > 30, "its streams may finish"
+    assert not fixed["request_router_config"].request_router_kwargs["follows_prefixes"]
+    scaled = asked(**{"min-replicas": 1, "max-replicas": 8, "target-ongoing-requests": "48", "max-ongoing-requests": 9})
+    of = scaled["autoscaling_config"]
+    assert (of.min_replicas, of.max_replicas, of.target_ongoing_requests) == (1, 8, 48) and "num_replicas" not in scaled
+    assert scaled["max_ongoing_requests"] == 9
+    assert asked(**{"num-gpus": 4})["ray_actor_options"]["num_gpus"] == 4
 
 
 def check_api(replicas: Replicas) -> None:
