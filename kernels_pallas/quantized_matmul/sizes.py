@@ -1,0 +1,122 @@
+"""What the Hopper kernel of packed weights serves, and the sizes of its blocks.
+
+Knows shapes and bytes; imports no kernel. Invariant: what `blocks` gives fits into a program's shared memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from kernels_pallas import hopper
+from kernels_pallas.quantized_matmul import words
+from kernels_pallas.quantized_matmul.weights import TABLE, PackedWeight
+
+OUTS = 64                     # of a warpgroup: the rows of a wgmma
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+SUMS_ROWS_MAX = 64            # up to here sums of a run are scaled, and not weights
+ROWS = (8, 16, 32, 64, 128, 256)
+STAGES_MAX = 12
+REGISTERS = 65536             # of a multiprocessor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Blocks:
+    """Sizes of a program's tile.
+
+    Attributes:
+      rows: of x, the columns of a wgmma.
+      warpgroups: that multiply, 64 outputs each.
+      stages: runs of inputs in flight.
+      programs: resident ones.
+    """
+
+    rows: int
+    warpgroups: int
+    stages: int
+    programs: int = hopper.MULTIPROCESSORS
+
+    @property
+    def outs(self) -> int:
+        return OUTS * self.warpgroups
+
+
+def kind(weight: PackedWeight) -> words.Kind:
+    """How `words` reads the codes."""
+    return "table" if weight.code == "lut4" else weight.code
+
+
+def scales_sums(kind: words.Kind, extra: str, group: int, rows: int) -> bool:
+    """Whether sums of a run of inputs are scaled, which then share a scale, and not each weight."""
+    return extra != "offset" and group % words.run_inputs(kind) == 0 and rows <= SUMS_ROWS_MAX
+
+
+def blocks(weight: PackedWeight, tokens: int) -> Blocks:
+    """What fits; nobody has measured."""
+    return candidates(weight, tokens)[0]
+
+
+def candidates(weight: PackedWeight, tokens: int) -> tuple[Blocks, ...]:
+    """Every size that a tuner tries, first what is taken without measurements."""
+    outs = weight.shape[0]
+    fitting = next((rows for rows in ROWS if rows >= tokens), ROWS[-1])
+    found = []
+    for rows in (fitting, *(other for other in ROWS if other < fitting and other >= 64)):
+        most = 4 if rows <= 16 else 2
+        for warpgroups in (count for count in (most, most // 2) if count and outs % (OUTS * count) == 0):
+            stages = min(STAGES_MAX, hopper.PROGRAM_BYTES_MAX // stage_bytes(kind(weight), rows, warpgroups))
+            found += [
+                Blocks(rows=rows, warpgroups=warpgroups, stages=count) for count in (stages, stages // 2) if count >= 2
+            ]
+    if not found:      # as many outputs as no two warpgroups share
+        stages = min(STAGES_MAX, hopper.PROGRAM_BYTES_MAX // stage_bytes(kind(weight), fitting, 1))
+        found = [Blocks(rows=fitting, warpgroups=1, stages=stages)]
+    return tuple(found)
+
+
+def stage_bytes(kind: words.Kind, rows: int, warpgroups: int) -> int:
+    """Codes and rows of one run of inputs."""
+    return OUTS * warpgroups * words.RUN_BYTES + rows * words.run_inputs(kind) * 2
+
+
+def math_registers(warpgroups: int, loader: int) -> int:
+    """Of a thread that multiplies, beside a loader of so many; in eights."""
+    return min(232, (REGISTERS // 128 - loader) // warpgroups // 8 * 8)
+
+
+def refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
+    """Why the Hopper kernel cannot multiply these here."""
+    found = [*hopper.environment_refusals()]
+    if x_TI.dtype != jnp.bfloat16:
+        found.append(f"rows must be bfloat16, got {x_TI.dtype}")
+    (outs, ins), run = weight.shape[-2:], words.run_inputs(kind(weight))
+    if outs % OUTS:
+        found.append(f"outputs must be a multiple of {OUTS}, got {outs}")
+    if ins % run:
+        found.append(f"inputs of {weight.code} must be a multiple of {run}, got {ins}")
+    if run % weight.group_size and weight.group_size % run or run // weight.group_size > words.WORDS:
+        sizes = ", ".join(str(run // parts) for parts in (4, 2, 1))
+        found.append(f"groups of {weight.code} must be {sizes} inputs or a multiple of the last, got {weight.group_size}")
+    if weight.scale_OG.dtype == jnp.float8_e4m3fn:
+        found.append("scales of float8_e4m3fn are not built")
+    return found
+
+
+def scales(weight: PackedWeight) -> Array:
+    """Scales as the kernel loads them: powers of two of 8 bits as float32, which Hopper cannot convert."""
+    is_short = weight.scale_OG.dtype == jnp.float8_e8m0fnu
+    return weight.scale_OG.astype(jnp.float32) if is_short else weight.scale_OG
+
+
+def beside(weight: PackedWeight) -> Array:
+    """Zeros or offsets, planes of the tables, or, where there is nothing, the scales once more."""
+    if weight.code == "fp4":
+        return words.table_planes(jnp.broadcast_to(jnp.array(FLOAT4, jnp.float32), (OUTS, TABLE)))
+    if weight.table_ET is not None:
+        rows = weight.table_ET.shape[0]
+        shared = jnp.broadcast_to(weight.table_ET, (OUTS, TABLE)) if rows == 1 else weight.table_ET
+        return words.table_planes(shared)
+    extra = weight.extra[1]
+    return scales(weight) if extra is None else extra
