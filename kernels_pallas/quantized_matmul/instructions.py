@@ -17,8 +17,8 @@ from jax._src.lib.mlir.dialects import arith, llvm, vector
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import OUTS
 from kernels_pallas.quantized_matmul import words
-from kernels_pallas.quantized_matmul.sizes import OUTS
 
 
 
@@ -127,6 +127,10 @@ class _Instructions:
 
     def keep(self, word: Any, mask: int) -> Any:
         return arith.andi(word, self._constant(mask))
+
+    def keep_and_add(self, word: Any, mask: int, bits: int) -> Any:
+        given = [word, self._constant(mask), self._constant(bits)]
+        return llvm.inline_asm(self._i32, given, "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r")
 
     def add_bits(self, word: Any, bits: int) -> Any:
         return arith.ori(word, self._constant(bits))

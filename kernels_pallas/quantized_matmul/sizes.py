@@ -5,42 +5,16 @@ Knows shapes and bytes; imports no kernel. Invariant: what `blocks` gives fits i
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas import hopper
+from kernels_pallas.hopper import OUTS, Tiles
 from kernels_pallas.quantized_matmul import words
 from kernels_pallas.quantized_matmul.weights import TABLE, PackedWeight
 
-OUTS = 64                     # of a warpgroup: the rows of a wgmma
 FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 SUMS_ROWS_MAX = 64            # up to here sums of a run are scaled, and not weights
-ROWS = (8, 16, 32, 64, 128, 256)
-STAGES_MAX = 12
-REGISTERS = 65536             # of a multiprocessor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Blocks:
-    """Sizes of a program's tile.
-
-    Attributes:
-      rows: of x, the columns of a wgmma.
-      warpgroups: that multiply, 64 outputs each.
-      stages: runs of inputs in flight.
-      programs: resident ones.
-    """
-
-    rows: int
-    warpgroups: int
-    stages: int
-    programs: int = hopper.MULTIPROCESSORS
-
-    @property
-    def outs(self) -> int:
-        return OUTS * self.warpgroups
 
 
 def kind(weight: PackedWeight) -> words.Kind:
@@ -53,37 +27,12 @@ def scales_sums(kind: words.Kind, extra: str, group: int, rows: int) -> bool:
     return extra != "offset" and group % words.run_inputs(kind) == 0 and rows <= SUMS_ROWS_MAX
 
 
-def blocks(weight: PackedWeight, tokens: int) -> Blocks:
-    """What fits; nobody has measured."""
-    return candidates(weight, tokens)[0]
-
-
-def candidates(weight: PackedWeight, tokens: int) -> tuple[Blocks, ...]:
+def tiles(weight: PackedWeight, tokens: int) -> tuple[Tiles, ...]:
     """Every size that a tuner tries, first what is taken without measurements."""
-    outs = weight.shape[0]
-    fitting = next((rows for rows in ROWS if rows >= tokens), ROWS[-1])
-    found = []
-    for rows in (fitting, *(other for other in ROWS if other < fitting and other >= 64)):
-        most = 4 if rows <= 16 else 2
-        for warpgroups in (count for count in (most, most // 2) if count and outs % (OUTS * count) == 0):
-            stages = min(STAGES_MAX, hopper.PROGRAM_BYTES_MAX // stage_bytes(kind(weight), rows, warpgroups))
-            found += [
-                Blocks(rows=rows, warpgroups=warpgroups, stages=count) for count in (stages, stages // 2) if count >= 2
-            ]
-    if not found:      # as many outputs as no two warpgroups share
-        stages = min(STAGES_MAX, hopper.PROGRAM_BYTES_MAX // stage_bytes(kind(weight), fitting, 1))
-        found = [Blocks(rows=fitting, warpgroups=1, stages=stages)]
-    return tuple(found)
-
-
-def stage_bytes(kind: words.Kind, rows: int, warpgroups: int) -> int:
-    """Codes and rows of one run of inputs."""
-    return OUTS * warpgroups * words.RUN_BYTES + rows * words.run_inputs(kind) * 2
-
-
-def math_registers(warpgroups: int, loader: int) -> int:
-    """Of a thread that multiplies, beside a loader of so many; in eights."""
-    return min(232, (REGISTERS // 128 - loader) // warpgroups // 8 * 8)
+    codes, run = words.RUN_BYTES, words.run_inputs(kind(weight))
+    return hopper.product_tiles(
+        weight.shape[0], tokens, hopper.PRODUCT_ROWS[-1], lambda rows, outs: outs * codes + rows * run * 2
+    )
 
 
 def refusals(x_TI: Array, weight: PackedWeight) -> list[str]:

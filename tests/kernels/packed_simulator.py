@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import PackedWeight
-from kernels_pallas.quantized_matmul.sizes import Blocks
+from kernels_pallas.hopper import Tiles
 from tests.kernels.simulator import races_found
 from tests.kernels.test_quantized_matmul import packed, rows
 
@@ -69,9 +68,9 @@ def run(case: Case) -> dict[str, float | bool]:
     plant(case.bug, mosaic_gpu)
     weight, value_OI = packed(case.kind, case.outs, case.ins, case.group)
     x_TI = rows(case.tokens, case.ins)
-    blocks = Blocks(rows=case.rows, warpgroups=case.warpgroups, stages=2, programs=case.programs)
+    tiles = Tiles(rows=case.rows, warpgroups=case.warpgroups, stages=2, programs=case.programs)
     found = mosaic_gpu.quantized_matmul(
-        x_TI, weight, blocks=blocks, interpret=plgpu.InterpretGPUParams(detect_races=True)
+        x_TI, weight, tiles=tiles, interpret=plgpu.InterpretGPUParams(detect_races=True)
     )
     exact = np.asarray(x_TI, np.float64) @ value_OI.astype(np.float64).T
     return described(found, exact)
