@@ -25,10 +25,14 @@ from tests.kernels.test_quantized_matmul import packed, rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A product; `programs` cut its tiles at places that are no ends of tiles."""
+    """A product. `programs` cut its tiles at places that are no ends of tiles, and each uses its ring of two again.
+
+    Attributes:
+      kind: of packed weights, or what both sides are.
+    """
 
     kind: str
-    tokens: int = 5
+    tokens: int = 12
     outs: int = 128
     ins: int = 384
     group: int = 128
@@ -51,7 +55,11 @@ CASES = {
     "lut4-shared": Case(kind="lut4-shared", group=64),
     "fp8": Case(kind="fp8", ins=192, group=64),
     "fp4": Case(kind="fp4", group=32),
-    "more-programs-than-work": Case(kind="int4-zero", ins=128, outs=64, warpgroups=1, programs=3),
+    "more-programs-than-work": Case(kind="int4-zero", tokens=5, ins=128, outs=64, warpgroups=1, programs=3),
+    "int8-both": Case(kind="int8", outs=192, warpgroups=1),
+    "fp8-both": Case(kind="float8_e4m3fn"),
+    "fp8-both-groups": Case(kind="float8_e4m3fn", ins=512, group=256, rows=16, tokens=20),
+    "bug-both-not-awaited": Case(kind="float8_e4m3fn", bug="barrier_wait"),
     "bug-rows-not-awaited": Case(kind="int4-zero", bug="barrier_wait"),
     "bug-codes-not-committed": Case(kind="int4-zero", bug="commit_smem"),
 }
@@ -62,24 +70,41 @@ def run(case: Case) -> dict[str, float | bool]:
     """What the simulated kernel gives beside exact products with the weights' float32 values."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    from kernels_pallas.quantized_matmul import mosaic_gpu
-
-    allow_registers()
-    plant(case.bug, mosaic_gpu)
-    weight, value_OI = packed(case.kind, case.outs, case.ins, case.group)
-    x_TI = rows(case.tokens, case.ins)
+    simulated = plgpu.InterpretGPUParams(detect_races=True)
     tiles = Tiles(rows=case.rows, warpgroups=case.warpgroups, stages=2, programs=case.programs)
-    found = mosaic_gpu.quantized_matmul(
-        x_TI, weight, tiles=tiles, interpret=plgpu.InterpretGPUParams(detect_races=True)
-    )
-    exact = np.asarray(x_TI, np.float64) @ value_OI.astype(np.float64).T
-    return described(found, exact)
+    if case.kind in ("int8", "float8_e4m3fn"):
+        from kernels_pallas.eight_bit_matmul import mosaic_gpu as of_eight_bits
 
+        plant(case.bug, of_eight_bits)
+        arrays, exact = eight_bits(case)
+        found = of_eight_bits.eight_bit_matmul(*arrays, sizes=tiles, interpret=simulated)
+    else:
+        from kernels_pallas.quantized_matmul import mosaic_gpu
 
-def described(found: jax.Array, exact: Any) -> dict[str, float | bool]:
-    """The line that is printed."""
+        allow_registers()
+        plant(case.bug, mosaic_gpu)
+        weight, value_OI = packed(case.kind, case.outs, case.ins, case.group)
+        x_TI = rows(case.tokens, case.ins)
+        exact = np.asarray(x_TI, np.float64) @ value_OI.astype(np.float64).T
+        found = mosaic_gpu.quantized_matmul(x_TI, weight, tiles=tiles, interpret=simulated)
     error = np.abs(np.asarray(found, np.float64) - exact)
     return {"error": float(error.max()), "largest": float(np.abs(exact).max()), "races": races_found()}
+
+
+def eight_bits(case: Case) -> tuple[tuple[jax.Array | None, ...], Any]:
+    """Rows, weights and scales by group, and their exact product. One group has no scales."""
+    rng = np.random.default_rng(0)
+    if case.kind == "int8":
+        codes = [rng.integers(-128, 128, (size, case.ins)) for size in (case.tokens, case.outs)]
+        return (*(jnp.asarray(code, jnp.int8) for code in codes), None, None), (codes[0] @ codes[1].T).astype(float)
+    values = [jnp.asarray(rng.normal(size=(size, case.ins)) * 8, case.kind) for size in (case.tokens, case.outs)]
+    groups = case.ins // case.group if case.group > 128 else 1
+    scales = [rng.random((len(value), groups)).astype(np.float32) for value in values]
+    if groups == 1:
+        scales = [np.ones_like(scale) for scale in scales]
+    wide = [np.asarray(v, np.float64) * np.repeat(s, case.ins // groups, 1) for v, s in zip(values, scales, strict=True)]
+    given = (None, None) if groups == 1 else tuple(map(jnp.asarray, scales))
+    return (*values, *given), wide[0] @ wide[1].T
 
 
 def plant(bug: str | None, kernel: types.ModuleType) -> None:
