@@ -1,11 +1,10 @@
-"""Work of resident programs that multiply: a line of (tile of outputs, tile of rows, run of inputs), cut in equal parts.
+"""Work of resident programs that multiply: a line of (tile of outputs, tile of rows, run of inputs) in equal parts.
 
 A program takes runs [first, first of the next) of the line, so no multiprocessor waits for a last wave. Tiles that it
-begins are its own; of a tile that another began it leaves a part, which XLA adds where it reads the result. Tiles of the
-same outputs follow each other, so their weights come from the L2 cache. Outputs are the 64-row side of wgmma. Knows the
-line and its ring in shared memory, not what is multiplied.
-Invariant: every program knows its part from its number alone.
-"""
+begins are its own; of a tile that another began it leaves a part, which XLA adds where it reads the result. Tiles of
+the same outputs follow each other, so their weights come from the L2 cache. Outputs are the 64-row side of wgmma.
+Knows the line and its ring in shared memory, not what is multiplied.
+Invariant: every program knows its part from its number alone."""
 
 from __future__ import annotations
 

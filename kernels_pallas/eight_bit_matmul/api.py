@@ -1,8 +1,8 @@
 """Matrix product of 8 bits on both sides, which stay 8 bits up to the multipliers.
 
-Contract: int8 x int8 gives exact int32. float8_e4m3fn x float8_e4m3fn gives float32 sums of exact products, of groups of
-inputs times the groups' scales where there are such; scales of whole rows and outputs are for the caller to multiply by.
-"""
+Contract: int8 x int8 gives exact int32. float8_e4m3fn x float8_e4m3fn gives float32 sums of exact products, of groups
+of inputs times the groups' scales where there are such; scales of whole rows and outputs are for the caller to
+multiply by."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.eight_bit_matmul import mosaic_gpu  # late: it needs jax >= 0.11
 
         return mosaic_gpu.eight_bit_matmul
+    if name == "native":
+        from kernels_pallas.native import api as native  # late: it asks for this host
+
+        return lambda x_TI, weight_OI, *_: native.matmul_int8(x_TI, weight_OI)
     return reference.eight_bit_matmul
 
 
@@ -35,8 +39,9 @@ def eight_bit_matmul(
     Args:
       x_TI, weight_OI: int8 or float8_e4m3fn, alike.
       scale_TG, scale_OG: float32, of groups of inputs of a row and of an output; of floats only, both or none.
-      implementation: "mosaic_gpu" (Hopper; it has not met one yet, so it must be named), "reference", or None for the
-        latter.
+      implementation: "native" (int8, on CPUs that have its instructions), "xla" (int8; floats are unpacked by
+        `quantized_matmul`), "mosaic_gpu" (Hopper; it has not met one yet, so it must be named), "reference", or
+        None for the first that serves.
     """
     found = []
     if x_TI.ndim != 2 or weight_OI.ndim != 2 or x_TI.shape[1] != weight_OI.shape[1]:
@@ -51,9 +56,27 @@ def eight_bit_matmul(
         if (scale_TG.shape, scale_OG.shape) != wanted or x_TI.shape[1] % groups:
             found.append(f"scales must be [T, G] and [O, G], got {scale_TG.shape} and {scale_OG.shape}")
     contract.require("eight_bit_matmul", found)
-    refused = {"reference": list, "mosaic_gpu": lambda: refusals(x_TI, weight_OI, scale_OG)}
+    refused = {
+        "native": lambda: _native_refusals(weight_OI), "xla": lambda: _integer_refusals(weight_OI),
+        "mosaic_gpu": lambda: refusals(x_TI, weight_OI, scale_OG), "reference": list,
+    }
     chosen = contract.choose("eight_bit_matmul", implementation, refused)
     return _implementation(chosen)(x_TI, weight_OI, scale_TG, scale_OG)
+
+
+def _integer_refusals(weight_OI: Array) -> list[str]:
+    return [] if weight_OI.dtype == jnp.int8 else [f"needs int8, got {weight_OI.dtype}"]
+
+
+def _native_refusals(weight_OI: Array) -> list[str]:
+    if hopper.target_kind() != "cpu":
+        return [f"needs a CPU, the target is {hopper.target_kind()!r}"]
+    from kernels_pallas.native import api as native  # late: it asks for this host
+
+    found = [*native.refusals(), *_integer_refusals(weight_OI)]
+    if not found and not native.serves_int8(*weight_OI.shape):
+        found.append(f"too few outputs or too many inputs: {weight_OI.shape}")
+    return found
 
 
 def refusals(x_TI: Array, weight_OI: Array, scale_OG: Array | None = None) -> list[str]:

@@ -1,14 +1,13 @@
 """Products of 8 bits on NVIDIA Hopper: both operands go from shared memory into the tensor cores as they are.
 
-Resident programs on a line of work (`kernels_pallas.line`): one warpgroup copies weights and rows into a ring by TMA, the
-others take 64 outputs each. int8: sums stay in the tensor cores' int32, exact. float8_e4m3fn: Hopper keeps some 14 bits of
-such sums, so they leave the tensor cores every 128 inputs and are added in float32 (as DeepSeek-V3's do, arXiv 2412.19437,
-3.3.2), times the scales of that group where there are some.
+Resident programs on a line of work (`kernels_pallas.line`): one warpgroup copies weights and rows into a ring by TMA,
+the others take 64 outputs each. int8: sums stay in the tensor cores' int32, exact. float8_e4m3fn: Hopper keeps some
+14 bits of such sums, so they leave the tensor cores every 128 inputs and are added in float32 (as DeepSeek-V3's do,
+arXiv 2412.19437, 3.3.2), times the scales of that group where there are some.
 
-Traffic: weights once a tile of at most 256 rows (128 of floats: two sets of sums), rows once a tile of 64 to 256 outputs,
-mostly from L2; the result T x O x 4 bytes. Roofline: memory of the weights up to some hundred rows, tensor cores beyond,
-at twice the rate of bfloat16. Not yet run on hardware: see docs/kernels.md.
-"""
+Traffic: weights once a tile of at most 256 rows (128 of floats: two sets of sums), rows once a tile of 64 to 256
+outputs, mostly from L2; the result T x O x 4 bytes. Roofline: memory of the weights up to some hundred rows, tensor
+cores beyond, at twice the rate of bfloat16. Not yet run on hardware: see docs/kernels.md."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from kernels_pallas.hopper import OUTS
 from kernels_pallas.quantized_matmul import words
 
 
-
 def _layout(columns: int, together: int, lanes: tuple[Any, ...]) -> Any:
     """Of [64, columns]: a warp has 16 rows, a thread two of them, 8 apart, as wgmma has its A operand.
 

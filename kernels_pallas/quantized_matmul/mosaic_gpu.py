@@ -1,19 +1,19 @@
 """The packed product on NVIDIA Hopper: codes become bfloat16 in registers, on their way into the tensor cores.
 
-One resident program a multiprocessor; the work, tiles of outputs x rows x runs of inputs, is one line that is cut into
-equal parts, so no multiprocessor waits for the last wave. In a program one warpgroup copies codes and rows into a ring in
-shared memory (TMA); the others take 64 outputs each. Outputs are the 64-row side of wgmma, so 8 rows cost 8 columns of a
-product; the unpacked weights are its A operand and never see shared memory. A tile that two programs share is left in
-parts, which XLA adds where it reads the result.
+One resident program a multiprocessor; the work, tiles of outputs x rows x runs of inputs, is one line that is cut
+into equal parts, so no multiprocessor waits for the last wave. In a program one warpgroup copies codes and rows into
+a ring in shared memory (TMA); the others take 64 outputs each. Outputs are the 64-row side of wgmma, so 8 rows cost 8
+columns of a product; the unpacked weights are its A operand and never see shared memory. A tile that two programs
+share is left in parts, which XLA adds where it reads the result.
 
 Where few rows make scaling sums cheap and a run has one scale, codes meet the rows as the integers (or table values)
-they are and sums of a run are scaled: 1.4 instructions a 4-bit weight. Else each weight is scaled in float32 and rounded.
+they are and sums of a run are scaled: 1.4 instructions a 4-bit weight. Else each weight is scaled in float32 and
+rounded.
 
-Traffic: the codes, once a tile of at most 256 rows, a scale (and zero) a group; rows once a tile of 64 to 256 outputs,
-mostly from L2; the result T x O x 4 bytes. Roofline: memory of the codes up to some 64 rows; the ring holds up to 200 KiB.
-Tensor cores beyond. Not yet run on hardware: see docs/kernels.md. What a row gives depends on how the work is cut, which
-depends on the number of rows: no bitwise batch invariance.
-"""
+Traffic: the codes, once a tile of at most 256 rows, a scale (and zero) a group; rows once a tile of 64 to 256
+outputs, mostly from L2; the result T x O x 4 bytes. Roofline: memory of the codes up to some 64 rows; the ring holds
+up to 200 KiB. Tensor cores beyond. Not yet run on hardware: see docs/kernels.md. What a row gives depends on how the
+work is cut, which depends on the number of rows: no bitwise batch invariance."""
 
 from __future__ import annotations
 

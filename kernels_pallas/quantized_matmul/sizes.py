@@ -45,9 +45,11 @@ def refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
         found.append(f"outputs must be a multiple of {OUTS}, got {outs}")
     if ins % run:
         found.append(f"inputs of {weight.code} must be a multiple of {run}, got {ins}")
-    if run % weight.group_size and weight.group_size % run or run // weight.group_size > words.WORDS:
+    is_apart = run % weight.group_size != 0 and weight.group_size % run != 0
+    if is_apart or run // weight.group_size > words.WORDS:
         sizes = ", ".join(str(run // parts) for parts in (4, 2, 1))
-        found.append(f"groups of {weight.code} must be {sizes} inputs or a multiple of the last, got {weight.group_size}")
+        of = weight.group_size
+        found.append(f"groups of {weight.code} must be {sizes} inputs or a multiple of the last, got {of}")
     if weight.scale_OG.dtype == jnp.float8_e4m3fn:
         found.append("scales of float8_e4m3fn are not built")
     return found

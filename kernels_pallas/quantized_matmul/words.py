@@ -2,15 +2,14 @@
 
 A thread of a wgmma holds of each row of its A operand, every 16 inputs, two pairs: (2c, 2c + 1) and (8 + 2c, 9 + 2c),
 c its place of four in the row. Which inputs those columns stand for is free as long as the other operand agrees. So a
-thread takes 16 consecutive bytes of codes, words are split by masks alone, nothing crosses threads, and the rows of the
-product are brought into the same order (`arranged`) once, outside.
+thread takes 16 consecutive bytes of codes, words are split by masks alone, nothing crosses threads, and the rows of
+the product are brought into the same order (`arranged`) once, outside.
 
     4 bits   a word: inputs j..j+3 in low halves, j+16..j+19 in high halves (fp4: j+8..) -> 4 pairs, 2 steps of 16
     8 bits   a word: inputs j..j+3 -> 2 pairs, one step
 
-Integers are exact: 0x4300 | code is 128 + code as bfloat16, and 128 + zero is subtracted. Operations are those of `Words`,
-which a kernel implements with instructions and a test with numpy. Knows no kernel.
-"""
+Integers are exact: 0x4300 | code is 128 + code as bfloat16, and 128 + zero is subtracted. Operations are those of
+`Words`, which a kernel implements with instructions and a test with numpy. Knows no kernel."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python -m tests.kernels.packed_simulator int4-zero
 
-The simulator takes no A operand from registers; `allow_registers` lets it (test code: jax has no public way). Prints one
-line of JSON: the largest error beside exact products and how large they are, and whether any race was found.
+The simulator takes no A operand from registers; `allow_registers` lets it (test code: jax has no public way). Prints
+one line of JSON: the largest error beside exact products and how large they are, and whether any race was found.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ CASES = {
     "bug-codes-not-committed": Case(kind="int4-zero", bug="commit_smem"),
 }
 QUICK = ("int4-zero",)
+EXACT = ("int4-zero", "int4-zero-one-group", "int8-zero", "fp8", "int8-both", "fp8-both", "fp8-both-groups")
 
 
 def run(case: Case) -> dict[str, float | bool]:
@@ -102,7 +103,10 @@ def eight_bits(case: Case) -> tuple[tuple[jax.Array | None, ...], Any]:
     scales = [rng.random((len(value), groups)).astype(np.float32) for value in values]
     if groups == 1:
         scales = [np.ones_like(scale) for scale in scales]
-    wide = [np.asarray(v, np.float64) * np.repeat(s, case.ins // groups, 1) for v, s in zip(values, scales, strict=True)]
+    wide = [
+        np.asarray(value, np.float64) * np.repeat(scale, case.ins // groups, 1)
+        for value, scale in zip(values, scales, strict=True)
+    ]
     given = (None, None) if groups == 1 else tuple(map(jnp.asarray, scales))
     return (*values, *given), wide[0] @ wide[1].T
 
