@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas import contract, hopper
-from kernels_pallas.eight_bit_matmul import reference
+from kernels_pallas.eight_bit_matmul import reference, xla
 
 RUN = 128      # inputs at once: a row of swizzled shared memory, and what 8-bit floats may be summed over
 EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn)
@@ -27,7 +27,7 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.native import api as native  # late: it asks for this host
 
         return lambda x_TI, weight_OI, *_: native.matmul_int8(x_TI, weight_OI)
-    return reference.eight_bit_matmul
+    return {"xla": xla.eight_bit_matmul, "reference": reference.eight_bit_matmul}[name]
 
 
 def eight_bit_matmul(
@@ -39,9 +39,8 @@ def eight_bit_matmul(
     Args:
       x_TI, weight_OI: int8 or float8_e4m3fn, alike.
       scale_TG, scale_OG: float32, of groups of inputs of a row and of an output; of floats only, both or none.
-      implementation: "native" (int8, on CPUs that have its instructions), "xla" (int8; floats are unpacked by
-        `quantized_matmul`), "mosaic_gpu" (Hopper; it has not met one yet, so it must be named), "reference", or
-        None for the first that serves.
+      implementation: "native" (int8, on CPUs that have its instructions), "xla", "mosaic_gpu" (Hopper; it has not met
+        one yet, so it must be named), "reference", or None for the first that serves.
     """
     found = []
     if x_TI.ndim != 2 or weight_OI.ndim != 2 or x_TI.shape[1] != weight_OI.shape[1]:
@@ -57,15 +56,11 @@ def eight_bit_matmul(
             found.append(f"scales must be [T, G] and [O, G], got {scale_TG.shape} and {scale_OG.shape}")
     contract.require("eight_bit_matmul", found)
     refused = {
-        "native": lambda: _native_refusals(weight_OI), "xla": lambda: _integer_refusals(weight_OI),
+        "native": lambda: _native_refusals(weight_OI), "xla": list,
         "mosaic_gpu": lambda: refusals(x_TI, weight_OI, scale_OG), "reference": list,
     }
     chosen = contract.choose("eight_bit_matmul", implementation, refused)
     return _implementation(chosen)(x_TI, weight_OI, scale_TG, scale_OG)
-
-
-def _integer_refusals(weight_OI: Array) -> list[str]:
-    return [] if weight_OI.dtype == jnp.int8 else [f"needs int8, got {weight_OI.dtype}"]
 
 
 def _native_refusals(weight_OI: Array) -> list[str]:
@@ -73,7 +68,7 @@ def _native_refusals(weight_OI: Array) -> list[str]:
         return [f"needs a CPU, the target is {hopper.target_kind()!r}"]
     from kernels_pallas.native import api as native  # late: it asks for this host
 
-    found = [*native.refusals(), *_integer_refusals(weight_OI)]
+    found = [*native.refusals()] + ([] if weight_OI.dtype == jnp.int8 else [f"needs int8, got {weight_OI.dtype}"])
     if not found and not native.serves_int8(*weight_OI.shape):
         found.append(f"too few outputs or too many inputs: {weight_OI.shape}")
     return found
