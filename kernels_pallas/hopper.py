@@ -206,6 +206,19 @@ def product_tiles(outs: int, tokens: int, rows_max: int, stage_bytes: Callable[[
     return tuple(found)
 
 
+def tiles(op: str, key: str, tried: tuple[Tiles, ...]) -> Tiles:
+    """Measured sizes of a product's programs where there are some in `tuned` and they fit, else the first of `tried`."""
+    measured = _tuned(target_kind(), op).get(key)
+    sizes = Tiles(**measured) if measured is not None else None
+    return sizes if sizes in tried else tried[0]
+
+
+def product_key(code: str, outs: int, ins: int, tokens: int) -> str:
+    """What measured sizes of a product depend on, besides device and op; tokens as the tile that holds them."""
+    rows = next((rows for rows in PRODUCT_ROWS if rows >= tokens), 2 * PRODUCT_ROWS[-1])
+    return f"{code}-{outs}x{ins}-{rows}"
+
+
 def tuned_key(head_dim: int, page_size: int, is_quantized: bool) -> str:
     """What measured sizes depend on, besides device and op."""
     return f"{head_dim}x{page_size}" + ("-quantized" if is_quantized else "")

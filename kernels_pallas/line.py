@@ -89,6 +89,16 @@ class Line:
         return out_TO
 
 
+def math_registers(warpgroups: int) -> int:
+    """Of a thread that multiplies: what the loader gives up of the equal shares that a program begins with.
+
+    To ask for more than there is waits for ever.
+    """
+    threads = 128 * (warpgroups + 1)
+    share = min(MATH_REGISTERS_MAX, REGISTERS // threads // 8 * 8)
+    return min(MATH_REGISTERS_MAX, (share * (warpgroups + 1) - LOADER_REGISTERS) // warpgroups // 8 * 8)
+
+
 def load(
     line: Line, weight_OC: Ref, x_TI: Ref, weight: Ref, rows: Ref, full: Ref, empty: Ref
 ) -> None:
@@ -123,8 +133,7 @@ def load(
 def multiply(line: Line, warpgroup: Array, sum_: Sum, out_TO: Ref, part_PTO: Ref) -> None:
     """The other warpgroups: 64 outputs each, tile by tile, from registers to memory."""
     tiles = line.tiles
-    available = (REGISTERS // 128 - LOADER_REGISTERS) // tiles.warpgroups // 8 * 8
-    plgpu.set_max_registers(min(MATH_REGISTERS_MAX, available), action="increase")
+    plgpu.set_max_registers(math_registers(tiles.warpgroups), action="increase")
     begin, end = line.part()
     tile_first = lax.div(begin, line.runs)
     tile_count = jnp.where(begin < end, lax.div(end - 1, line.runs) - tile_first + 1, 0)

@@ -35,13 +35,21 @@ def tiles(dtype: Any, outs: int, tokens: int) -> tuple[hopper.Tiles, ...]:
     return hopper.product_tiles(outs, tokens, rows_max, lambda rows, outs: (rows + outs) * RUN)
 
 
+def key(dtype: Any, groups: int, outs: int, ins: int, tokens: int) -> str:
+    """What measured sizes depend on."""
+    return hopper.product_key(f"{jnp.dtype(dtype).name}-{groups}", outs, ins, tokens)
+
+
 def eight_bit_matmul(
     x_TI: Array, weight_OI: Array, scale_TG: Array | None, scale_OG: Array | None, *,
     sizes: hopper.Tiles | None = None, interpret: Any = None,
 ) -> Array:
     """See `api.eight_bit_matmul`. `sizes` overrides the tiles, `interpret` runs the simulator."""
     (T, ins), outs = x_TI.shape, len(weight_OI)
-    sizes = sizes or tiles(x_TI.dtype, outs, T)[0]
+    groups = 1 if scale_OG is None else scale_OG.shape[1]
+    sizes = sizes or hopper.tiles(
+        "eight_bit_matmul", key(x_TI.dtype, groups, outs, ins, T), tiles(x_TI.dtype, outs, T)
+    )
     of_work = Line(tiles=sizes, row_tiles=pl.cdiv(T, sizes.rows), out_tiles=outs // sizes.outs, runs=ins // RUN)
     with jax.named_scope("eight_bit_matmul"):
         padding = (0, of_work.rows - T)

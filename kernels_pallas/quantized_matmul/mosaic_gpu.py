@@ -39,7 +39,7 @@ def quantized_matmul(
 ) -> Array:
     """See `api.quantized_matmul`. `tiles` overrides the sizes, `interpret` runs the simulator."""
     (T, ins), (outs, _), kind = x_TI.shape, weight.shape, sizes.kind(weight)
-    tiles = tiles or sizes.tiles(weight, T)[0]
+    tiles = tiles or sizes.chosen(weight, T)
     plan = _Plan(
         kind=kind, extra=weight.extra[0], group=weight.group_size, is_simulated=interpret is not None,
         line=Line(

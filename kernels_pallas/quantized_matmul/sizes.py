@@ -35,6 +35,17 @@ def tiles(weight: PackedWeight, tokens: int) -> tuple[Tiles, ...]:
     )
 
 
+def chosen(weight: PackedWeight, tokens: int) -> Tiles:
+    """Of those: as measured for this device, where somebody has."""
+    return hopper.tiles("quantized_matmul", key(weight, tokens), tiles(weight, tokens))
+
+
+def key(weight: PackedWeight, tokens: int) -> str:
+    """What measured sizes depend on."""
+    of_weights = f"{weight.code}-{weight.extra[0]}-{weight.group_size}"
+    return hopper.product_key(of_weights, *weight.shape, tokens)
+
+
 def refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
     """Why the Hopper kernel cannot multiply these here."""
     found = [*hopper.environment_refusals()]
