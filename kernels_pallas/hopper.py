@@ -207,7 +207,7 @@ def product_tiles(outs: int, tokens: int, rows_max: int, stage_bytes: Callable[[
 
 
 def tiles(op: str, key: str, tried: tuple[Tiles, ...]) -> Tiles:
-    """Measured sizes of a product's programs where there are some in `tuned` and they fit, else the first of `tried`."""
+    """Measured sizes of a product's programs where `tuned` has some that fit, else the first of `tried`."""
     measured = _tuned(target_kind(), op).get(key)
     sizes = Tiles(**measured) if measured is not None else None
     return sizes if sizes in tried else tried[0]
