@@ -1,9 +1,9 @@
 """Work of resident programs that multiply: a line of (tile of outputs, tile of rows, run of inputs) in equal parts.
 
-A program takes runs [first, first of the next) of the line, so no multiprocessor waits for a last wave. Tiles that it
-begins are its own; of a tile that another began it leaves a part, which XLA adds where it reads the result. Tiles of
-the same outputs follow each other, so their weights come from the L2 cache. Outputs are the 64-row side of wgmma.
-Knows the line and its ring in shared memory, not what is multiplied.
+A program takes runs [first, first of the next) of the line, so no multiprocessor waits long for a last wave. Tiles
+that it begins are its own; of a tile that another began it leaves a part, which XLA adds where it reads the result.
+Tiles of the same outputs follow each other, so their weights come from the L2 cache. Outputs are the 64-row side of
+wgmma. Knows the line and its ring in shared memory, not what is multiplied.
 Invariant: every program knows its part from its number alone."""
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ OUTS = hopper.OUTS
 LOADER_REGISTERS = 24
 REGISTERS = 65536             # of a multiprocessor
 MATH_REGISTERS_MAX = 232
+IDLE_MAX = 1.125              # of the time that whole tiles take, over equal parts' time
 
 Sum = Callable[[Array, Array, Array, Array], Array]
 """(first output, first row, where its runs begin and end on the line) -> sums of a warpgroup, [OUTS, rows]."""
@@ -46,9 +47,18 @@ class Line:
         """Of x, padded to whole tiles."""
         return self.row_tiles * self.tiles.rows
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether parts end within tiles: not where whole tiles, which need no joining, keep programs about as busy."""
+        tiles, programs = self.out_tiles * self.row_tiles, self.tiles.programs
+        return -(-tiles // programs) * programs > IDLE_MAX * tiles
+
     def first(self, program: Any) -> Any:
         """Where a program's part begins."""
-        return program * (self.out_tiles * self.row_tiles * self.runs) // self.tiles.programs
+        tiles, programs = self.out_tiles * self.row_tiles, self.tiles.programs
+        if self.is_cut:
+            return program * (tiles * self.runs) // programs
+        return program * tiles // programs * self.runs
 
     def part(self) -> tuple[Array, Array]:
         """Of the program that asks."""

@@ -32,7 +32,7 @@ class Case:
     """
 
     kind: str
-    tokens: int = 12
+    tokens: int = 20
     outs: int = 128
     ins: int = 384
     group: int = 128

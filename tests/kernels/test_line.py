@@ -43,6 +43,7 @@ def test_parts_are_equal_and_join_to_the_sums_of_tiles(programs: int) -> None:
                 out_TO[row : row + 8, out : out + 64] = sum_
             else:
                 part_PTO[program] = sum_
+    assert work.is_cut == (programs not in (1, 2))
     assert sum(sizes) == 30 and max(sizes) - min(sizes) <= 1
     joined = np.asarray(work.joined(jnp.asarray(out_TO), jnp.asarray(part_PTO)))
     of_tiles = worth.reshape(3, 2, work.runs).sum(2)
