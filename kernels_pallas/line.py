@@ -53,6 +53,11 @@ class Line:
         tiles, programs = self.out_tiles * self.row_tiles, self.tiles.programs
         return -(-tiles // programs) * programs > IDLE_MAX * tiles
 
+    @property
+    def part_count(self) -> int:
+        """Parts that programs may leave."""
+        return self.tiles.programs if self.is_cut else 1
+
     def first(self, program: Any) -> Any:
         """Where a program's part begins."""
         tiles, programs = self.out_tiles * self.row_tiles, self.tiles.programs
@@ -163,6 +168,8 @@ def multiply(line: Line, warpgroup: Array, sum_: Sum, out_TO: Ref, part_PTO: Ref
 
         @pl.when(jnp.logical_not(is_own))
         def _() -> None:
+            if not line.is_cut:
+                return
             program = lax.axis_index("program")
             part_PTO.at[program, :, pl.ds(warpgroup * OUTS, OUTS)].T[...] = sum_ON
 

@@ -101,7 +101,7 @@ def _multiply(operands: dict[str, Array], plan: _Plan, interpret: Any) -> tuple[
     dtype = jnp.float32 if plan.is_float else jnp.int32
     results = {
         "out_TO": jax.ShapeDtypeStruct((T, outs), dtype),
-        "part_PTO": jax.ShapeDtypeStruct((tiles_.programs, tiles_.rows, tiles_.outs), dtype),
+        "part_PTO": jax.ShapeDtypeStruct((plan.line.part_count, tiles_.rows, tiles_.outs), dtype),
     }
     eight = operands["x_TI"].dtype
     scratch = {

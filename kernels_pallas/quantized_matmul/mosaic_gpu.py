@@ -101,7 +101,7 @@ def _multiply(x_TI: Array, weight: PackedWeight, plan: _Plan, interpret: Any) ->
     }
     results = {
         "out_TO": jax.ShapeDtypeStruct((T, outs), jnp.float32),
-        "part_PTO": jax.ShapeDtypeStruct((tiles.programs, tiles.rows, tiles.outs), jnp.float32),
+        "part_PTO": jax.ShapeDtypeStruct((plan.line.part_count, tiles.rows, tiles.outs), jnp.float32),
     }
     scratch = {
         "code": plgpu.SMEM((tiles.stages, tiles.outs, words.RUN_BYTES), jnp.uint8),
