@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.resources
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,32 @@ SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the re
 PROGRAM_BYTES_MAX = 226 * 1024       # with all that a kernel holds beside its rings, barriers left out
 QUERY_ROWS = 128                     # that a program of paged_prefill holds in shared memory
 STAGES_MAX = 6
+OUTS = 64                            # outputs of a product that a warpgroup takes: rows of a wgmma
+PRODUCT_STAGES_MAX = 12
+PRODUCT_ROWS = (8, 16, 32, 64, 128, 256)
 CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """Sizes of a product's programs.
+
+    Attributes:
+      rows: of a tile; columns of a wgmma.
+      warpgroups: that multiply, OUTS outputs each.
+      stages: runs of inputs in flight.
+      programs: persistent ones.
+    """
+
+    rows: int
+    warpgroups: int
+    stages: int
+    programs: int = MULTIPROCESSORS
+
+    @property
+    def outs(self) -> int:
+        """Of a tile."""
+        return OUTS * self.warpgroups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,6 +185,38 @@ def candidates(need: Need) -> tuple[Blocks, ...]:
         for context in need.contexts if context % need.page_size == 0
         for stages in range(2, need.stages(context) + 1)
     )
+
+
+def product_tiles(outs: int, tokens: int, rows_max: int, stage_bytes: Callable[[int, int], int]) -> tuple[Tiles, ...]:
+    """Every size of a product's programs that a tuner tries, first what is taken without measurements.
+
+    Args:
+      rows_max: that a kernel's registers hold.  stage_bytes: (rows, outputs) -> bytes of one run of inputs.
+    """
+    fitting = next((rows for rows in PRODUCT_ROWS if rows >= tokens), rows_max)
+    fitting = min(fitting, rows_max)
+    found = []
+    for rows in (fitting, *(other for other in PRODUCT_ROWS if 64 <= other < fitting)):
+        most = 4 if rows <= 16 else 2
+        counts = [count for count in (most, most // 2, 1) if outs % (OUTS * count) == 0]
+        for warpgroups in dict.fromkeys(counts):
+            stages = min(PRODUCT_STAGES_MAX, PROGRAM_BYTES_MAX // stage_bytes(rows, OUTS * warpgroups))
+            wanted = dict.fromkeys(count for count in (stages, stages // 2) if count >= 2)
+            found += [Tiles(rows=rows, warpgroups=warpgroups, stages=count) for count in wanted]
+    return tuple(found)
+
+
+def tiles(op: str, key: str, tried: tuple[Tiles, ...]) -> Tiles:
+    """Measured sizes of a product's programs where `tuned` has some that fit, else the first of `tried`."""
+    measured = _tuned(target_kind(), op).get(key)
+    sizes = Tiles(**measured) if measured is not None else None
+    return sizes if sizes in tried else tried[0]
+
+
+def product_key(code: str, outs: int, ins: int, tokens: int) -> str:
+    """What measured sizes of a product depend on, besides device and op; tokens as the tile that holds them."""
+    rows = next((rows for rows in PRODUCT_ROWS if rows >= tokens), 2 * PRODUCT_ROWS[-1])
+    return f"{code}-{outs}x{ins}-{rows}"
 
 
 def tuned_key(head_dim: int, page_size: int, is_quantized: bool) -> str:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.eight_bit_matmul import cases as eight_bit_matmul_cases
+from kernels_pallas.eight_bit_matmul import eight_bit_matmul
 from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.kv_write import cases as kv_write_cases
@@ -39,6 +41,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "kv_write": kv_write_cases.CASES,
     "grouped_matmul": grouped_matmul_cases.CASES,
     "quantized_matmul": quantized_matmul_cases.CASES,
+    "eight_bit_matmul": eight_bit_matmul_cases.CASES,
 }
 
 Call = tuple[Callable[..., jax.Array], tuple[Any, ...]]   # an op with its options bound, and its arrays
@@ -53,6 +56,8 @@ def call_of(
         return _grouped(case, dtype, implementation)
     if op == "quantized_matmul":
         return _packed(case, dtype, implementation)
+    if op == "eight_bit_matmul":
+        return _eight_bits(case, implementation)
     if op == "kv_write":
         return _write(case, dtype, implementation)
     attend = partial(_attend, shape=case.shape, dtype=dtype, implementation=implementation, slots=slots, codes=codes)
@@ -113,15 +118,30 @@ def _packed(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
     scale_OG = jnp.full((case.width_out, case.width // case.group), 0.01, jnp.float16)
     beside: dict[str, jax.Array] = {}
     if case.code == "lut4":
-        beside["table_ET"] = _random((case.width_out, 16), jnp.dtype(jnp.float32))
-    elif case.code != "fp8":
+        tables = 1 if case.extra == "shared table" else case.width_out
+        beside["table_ET"] = _random((tables, 16), jnp.dtype(jnp.float32))
+    elif case.extra == "zero":
         beside["zero_OG"] = jnp.full(scale_OG.shape, 8, jnp.uint8)
+    elif case.extra == "offset":
+        beside["offset_OG"] = jnp.full(scale_OG.shape, -0.08, scale_OG.dtype)
     weight = PackedWeight(
         code=case.code, code_OC=codes.astype(jnp.uint8).reshape(case.width_out, bytes_),
-        scale_OG=scale_OG if "zero_OG" in beside else scale_OG.astype(jnp.float32), **beside,
+        scale_OG=scale_OG if case.code.startswith("int") else scale_OG.astype(jnp.float32), **beside,
     )
     call = partial(quantized_matmul, implementation=implementation)
     return call, (_random((case.tokens, case.width), dtype), weight)
+
+
+def _eight_bits(case: Any, implementation: str | None) -> Call:
+    """Whole numbers from -7 to 7, which both types hold."""
+    sides = (
+        jnp.clip(_random((size, case.width), jnp.dtype(jnp.float32), seed) * 3, -7, 7).round().astype(case.dtype)
+        for seed, size in enumerate((case.tokens, case.width_out))
+    )
+    scales = () if case.groups == 1 else tuple(
+        jnp.full((size, case.groups), 0.01, jnp.float32) for size in (case.tokens, case.width_out)
+    )
+    return partial(eight_bit_matmul, implementation=implementation), (*sides, *scales)
 
 
 def _pool(size: tuple[int, ...], dtype: jnp.dtype, codes: str | None, seed: int) -> Pages:

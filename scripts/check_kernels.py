@@ -27,6 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from kernels_pallas.eight_bit_matmul import cases as eight_bit_matmul_cases
+from kernels_pallas.eight_bit_matmul import eight_bit_matmul
+from kernels_pallas.eight_bit_matmul.cases import EightBitCase
 from kernels_pallas.grouped_matmul import cases as grouped_matmul_cases
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul.cases import GroupedCase
@@ -50,6 +53,7 @@ IN_CODES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "g
 VERIFIED = ("qwen2.5-3b", "llama-3.1-8b", "gpt-oss-20b-local")     # compiled with several tokens an entry too
 ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
+OPS = {"quantized_matmul": quantized_matmul, "eight_bit_matmul": eight_bit_matmul}
 HEADER = "| op | shape | page | registers | spilled B | shared KiB | temporaries KiB |\n|---|---|---|---|---|---|---|"
 
 # XLA's GpuTargetConfigProto: what the compiler asks a device for.
@@ -127,20 +131,25 @@ def attention_rows(
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         temporaries = compiled(call, *arrays).memory_analysis().temp_size_in_bytes
-        for report in sorted(Path(folder).glob("*.ptxas")):
-            said = report.read_text()
-            registers = re.search(r"Used (\d+) registers", said)
-            if registers is None:
-                raise RuntimeError(f"ptxas did not report the registers of {report.stem}: {said}")
-            spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
-            resources = report.with_suffix(".resources.txt").read_text()
-            shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
-            assert shared is not None, resources
-            kernel = re.sub(r"_\d+$", "", report.stem).removeprefix(f"{name}_")
+        for kernel, registers, spilled, shared in reports(folder):
             yield (
-                f"| {name}: {kernel} | {described(shape, codes)}{drafts} | {page} | {registers[1]} | "
-                f"{spilled} | {int(shared[1]) // 1024} | {temporaries // 1024} |"
+                f"| {name}: {kernel.removeprefix(f'{name}_')} | {described(shape, codes)}{drafts} | {page} | "
+                f"{registers} | {spilled} | {shared} | {temporaries // 1024} |"
             )
+
+
+def reports(folder: str) -> Iterator[tuple[str, int, int, int]]:
+    """Of each Mosaic kernel dumped there: its name, registers, bytes spilled, KiB of shared memory."""
+    for report in sorted(Path(folder).glob("*.ptxas")):
+        said = report.read_text()
+        registers = re.search(r"Used (\d+) registers", said)
+        if registers is None:
+            raise RuntimeError(f"ptxas did not report the registers of {report.stem}: {said}")
+        spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
+        resources = report.with_suffix(".resources.txt").read_text()
+        shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+        assert shared is not None, resources
+        yield re.sub(r"_\d+$", "", report.stem), int(registers[1]), spilled, int(shared[1]) // 1024
 
 
 def described(shape: HeadShape, codes: str | None) -> str:
@@ -209,6 +218,21 @@ def packed_row(case: PackedCase) -> str:
     return f"| quantized_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
 
 
+def product_row(op: str, case: PackedCase | EightBitCase) -> str:
+    """A product of codes on Hopper; neither weights nor codes may be copied."""
+    call = functools.partial(OPS[op], implementation="mosaic_gpu")
+    arrays = jax.eval_shape(lambda: bench_kernels.call_of(op, case, jnp.dtype(jnp.bfloat16))[1])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        executable = compiled(call, *arrays)
+        [(_, registers, spilled, shared)] = reports(folder)
+    codes = [part for part in jax.tree.leaves(arrays[1]) if part.size >= case.width_out * case.width // 2]
+    if copies := copies_of(codes, executable):
+        raise RuntimeError(f"{op} of {case.name} copies its weights: {copies}")
+    temporaries = executable.memory_analysis().temp_size_in_bytes
+    return f"| {op} | {case.name} | | {registers} | {spilled} | {shared} | {temporaries // 1024} |"
+
+
 def missing() -> str | None:
     """What stands in the way on this machine."""
     if jax.__version_info__ < (0, 11):
@@ -243,6 +267,10 @@ def rows(wanted: str) -> Iterator[str]:
     for packed in quantized_matmul_cases.CASES:
         if wanted in packed.model:
             yield packed_row(packed)
+            yield product_row("quantized_matmul", packed)
+    for eight_bit in eight_bit_matmul_cases.CASES:
+        if wanted in eight_bit.model:
+            yield product_row("eight_bit_matmul", eight_bit)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from kernels_pallas.paged_decode.cases import DecodeCase
 from kernels_pallas.paged_prefill.cases import PrefillCase
 from kernels_pallas.quantized import QuantizedPages
 from kernels_pallas.shapes import head_shape
-from scripts.bench_kernels import call_of
+from scripts.bench_kernels import CASES, call_of
 from scripts.device_timing import chained_ms, copy_gb_s, evidence, matmul_tflop_s
 
 CALLS = {"cpu": 1}
@@ -74,8 +74,45 @@ def baseline(*, op: str, implementation: str, case: dict[str, Any], codes: str |
     return _rates(op, case, None, ms)
 
 
+def product_numerics(*, op: str, implementation: str, case: str) -> dict[str, Any]:
+    """Largest error of a product of codes beside the reference, in float32 from the same codes."""
+    call, arrays = _product(op, implementation, case)
+    got = np.asarray(_run(call, arrays), np.float32)
+    expected = np.asarray(_run(_as(call, "reference"), arrays), np.float32)
+    error = np.nan_to_num(np.abs(got - expected)).max() / np.abs(expected).max()
+    return {"error": float(error), "finite": bool(np.isfinite(got).all())}
+
+
+def product_speed(*, op: str, implementation: str, case: str) -> dict[str, Any]:
+    """Milliseconds of a product of codes, bytes of weights it reads a second, and bfloat16's time over its own."""
+    call, arrays = _product(op, implementation, case)
+    (T, ins), outs = arrays[0].shape, arrays[1].shape[0]
+    ms = chained_ms(partial(narrowed, call), arrays, _calls())
+    read = sum(part.nbytes for part in jax.tree.leaves(arrays[1:]))
+    plain = tuple(jax.random.normal(jax.random.key(seed), (size, ins), BF16) for seed, size in enumerate((T, outs)))
+    bf16_ms = chained_ms(partial(narrowed, _plain_product), plain, _calls())
+    return {
+        "ms": ms, "gb_s": read / ms / 1e6, "tflop_s": 2 * T * ins * outs / ms / 1e9, "bf16 ms": bf16_ms,
+        "times bf16": bf16_ms / ms,
+    }
+
+
+def _product(op: str, implementation: str, case: str) -> tuple[Any, tuple[Any, ...]]:
+    return call_of(op, next(one for one in CASES[op] if one.name == case), BF16, implementation)
+
+
+def _plain_product(x_TI: Array, weight_OI: Array) -> Array:
+    return jnp.einsum("TI,OI->TO", x_TI, weight_OI, preferred_element_type=jnp.float32)
+
+
+def narrowed(op: Callable[..., Array], x_TI: Array, *rest: Any) -> Array:
+    """As many columns as x has, of a whole product: `chained_ms` feeds them to the next."""
+    return jax.lax.optimization_barrier(op(x_TI, *rest))[:, : x_TI.shape[1]]
+
+
 PARTS: dict[str, Callable[..., dict[str, Any]]] = {
     "ceilings": ceilings, "numerics": numerics, "invariance": invariance, "speed": speed, "baseline": baseline,
+    "product_numerics": product_numerics, "product_speed": product_speed,
 }
 
 

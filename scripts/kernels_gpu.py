@@ -6,8 +6,9 @@
 
 Results at real shapes beside the float32 reference with poisoned pages, batch invariance, decode's bandwidth beside a
 copy and prefill's speed beside a matrix product of the same run, other people's kernels, whole steps of two models on
-dummy weights. Each part runs in a process of its own with a time limit; a part that fails is a line in the tables.
-Writes OUTPUT.json and OUTPUT.md, the tables ready for docs/kernels.md. Needs no network and no server package.
+dummy weights; products of packed weights and of 8 bits beside the same product in bfloat16. Each part runs in a
+process of its own with a time limit; a part that fails is a line in the tables. Writes OUTPUT.json and OUTPUT.md, the
+tables ready for docs/kernels.md. Needs no network and no server package.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kernels_pallas.eight_bit_matmul import cases as eight_bit_matmul_cases
 from kernels_pallas.quantized import FP8
+from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
 from scripts.device_timing import in_process
 from scripts.published_models import MODELS
 
 ROOT = Path(__file__).parents[1]
 OURS = ("mosaic_gpu", "triton", "xla")
 OTHERS = ("cudnn", "jax paged_attention", "torch sdpa")
-KINDS = ("ceilings", "numerics", "invariance", "speed", "step")
+KINDS = ("ceilings", "numerics", "invariance", "speed", "product_numerics", "product_speed", "step")
+PRODUCTS = {"quantized_matmul": ("mosaic_gpu", "triton", "xla"), "eight_bit_matmul": ("mosaic_gpu", "xla")}
 GEOMETRIES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
 DECODE_SIZES = ((1, 2048), (16, 2048), (64, 2048))
 PREFILL_SIZES = ((1024, 0), (8192, 0), (512, 7680))
@@ -69,12 +73,23 @@ def parts() -> Iterator[Part]:
             for implementation in (*OURS, *OTHERS):
                 for codes in (None, FP8) if implementation == "mosaic_gpu" else (None,):
                     yield _part("speed", op, implementation, {"shape": shape} | case, codes)
+    for kind in ("product_numerics", "product_speed"):
+        for op, case in ((one, case) for one in PRODUCTS for case in product_cases(one)):
+            for implementation in PRODUCTS[op]:
+                given = {"op": op, "implementation": implementation, "case": case}
+                yield Part(kind=kind, name=f"{op} {case} {implementation}", given=given)
     for model in MODELS:
         for backend in OURS:
             for has_buffers in (True, False):
                 buffers = "command buffers" if has_buffers else "no command buffers"
                 given = {"model": model, "backend": backend, "has_buffers": has_buffers}
                 yield Part(kind="step", name=f"{model} {backend}, {buffers}", given=given)
+
+
+def product_cases(op: str) -> list[str]:
+    """Names of the cases of a product of codes."""
+    cases = {"quantized_matmul": quantized_matmul_cases.CASES, "eight_bit_matmul": eight_bit_matmul_cases.CASES}[op]
+    return [case.name for case in cases]
 
 
 def _part(kind: str, op: str, implementation: str, case: dict[str, Any], codes: str | None) -> Part:
@@ -116,6 +131,9 @@ def report(found: list[tuple[Part, dict[str, Any]]]) -> str:
             }
         speeds.append((part, result | shares))
     lines += _table("speed", ("ms", "gb_s", "of copy", "tflop_s", "of matmul"), speeds)
+    lines += _table("products: results", ("error", "finite"), _of(found, "product_numerics"))
+    columns = ("ms", "gb_s", "tflop_s", "bf16 ms", "times bf16")
+    lines += _table("products: speed", columns, _of(found, "product_speed"))
     steps = [(part, row) for part, result in _of(found, "step") for row in _step_rows(part, result)]
     lines += _table("step", ("rows or tokens", "ms", "host ms", "of read", "of dot"), steps)
     return "\n".join(lines)

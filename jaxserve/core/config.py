@@ -19,6 +19,7 @@ KvCacheDtype = Literal["auto", "bfloat16", "fp8", "fp8_e4m3", "int8"]
 
 # Who computes attention; "auto" is the first of native and xla that serves, see docs/kernels.md.
 AttentionBackend = Literal["auto", "xla", "native", "mosaic_gpu", "triton"]
+QuantizationBackend = Literal["auto", "xla", "native", "mosaic_gpu", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,6 +107,7 @@ class CompilationConfig:
     enforce_eager: bool = False                  # fewest buckets
     batch_invariant: bool = False                # bfloat16 results equal to the bit, whatever else is in the step
     attention_backend: AttentionBackend = "auto"
+    quantization_backend: QuantizationBackend = "auto"
     compilation_cache_dir: str | None = None     # None: under the user's cache folder
 
 

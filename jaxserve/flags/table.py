@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jaxserve.core.config import AttentionBackend, KvCacheDtype, Quantization
+from jaxserve.core.config import AttentionBackend, KvCacheDtype, Quantization, QuantizationBackend
 
 Kind = Literal["text", "texts", "int", "float", "bool", "length", "bytes", "json"]
 
@@ -128,6 +128,10 @@ FLAGS: tuple[Flag, ...] = (
          "xla: any device; native: this CPU's kernels; mosaic_gpu: Hopper's; triton: Ampere's and later (neither has "
          "run on a GPU yet); auto: native where it serves, else xla. What cannot serve the model is refused at start",
          choices=get_args(AttentionBackend)),
+    Flag("quantization-backend", "compilation", "text",
+         "who multiplies packed weights, named as in attention-backend; experts' are always xla's. auto: native where "
+         "it serves, else xla. What cannot serve every packed matrix of the model is refused at start",
+         choices=get_args(QuantizationBackend)),
     Flag("compilation-cache-dir", "compilation", "text",
          "where compiled programs are kept; default ~/.cache/jaxserve/xla"),
     Flag("host", "frontend", "text", "address to listen on"),

@@ -17,7 +17,7 @@ import jax
 from jaxserve.core.model_spec import GatedMlp, LatentAttention, LayerSpec, MoeMlp
 from jaxserve.plan.devices import DeviceKind
 from jaxserve.runner.setup import RunnerSetup
-from jaxserve.runner.start import check_attention, measure_temporaries
+from jaxserve.runner.start import check_backends, measure_temporaries
 from jaxserve.sharding.mesh import make_mesh
 
 MARGIN = 1.25
@@ -82,7 +82,7 @@ def compile_only_mesh(kind: DeviceKind, count: int, *, has_whole_experts: bool) 
 def compiled(setup: RunnerSetup, params: Any, draft_params: Any) -> int:
     """Bytes by XLA's memory analysis of the same programs that a start compiles to learn it."""
     with _abstract(setup.mesh):
-        check_attention(setup, params, draft_params)
+        check_backends(setup, params, draft_params)
         return measure_temporaries(setup, params, draft_params)
 
 

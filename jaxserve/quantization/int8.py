@@ -23,11 +23,13 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxserve.quantization import multiplier
 from jaxserve.quantization.codes import Host, IntCodes
 from jaxserve.quantization.packed import Cut
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding import collectives
 from jaxserve.sharding.split import Run, Runs
+from kernels_pallas.eight_bit_matmul import eight_bit_matmul
 from kernels_pallas.lanes import ROWS_MAX, lane_matmul_int8
 from kernels_pallas.native import api as native
 
@@ -83,6 +85,8 @@ def quantise(x_TI: Array, scale: Array | None = None, axis: str | None = None) -
 
 def int8_dot(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ of int8 in int32, exact."""
+    if (asked := multiplier.asked()) is not None:
+        return eight_bit_matmul(x_TI, weight_OI, implementation=asked)
     if native.serves_int8(*weight_OI.shape):
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=native.matmul_int8, default=_dot)
     if x_TI.shape[0] <= ROWS_MAX:

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxserve.quantization import multiplier
 from jaxserve.quantization.codes import (
     Activations,
     FloatCodes,
@@ -33,6 +34,7 @@ from jaxserve.quantization.codes import (
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding import collectives
 from jaxserve.sharding.split import Run, Runs
+from kernels_pallas.eight_bit_matmul import eight_bit_matmul
 from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
 from kernels_pallas.quantized_matmul.weights import BLOCKS, GROUP_MIN, TABLE, dequantised
 
@@ -81,8 +83,27 @@ class PackedTensor(QTensor):
         return y_TO.at[:, self.sparse.row_N].add(x_TN * self.sparse.value_N)
 
     def _product(self, x_TI: Array, axis: str | None) -> Array:
+        asked = multiplier.asked()
+        if asked == "mosaic_gpu" and self.weight.code == "fp8" and self.activations != "none":
+            return self._in_eight_bits(x_TI, axis, asked)
         rounded_TI, scale = self.rounded(x_TI, axis)
-        return quantized_matmul(rounded_TI, self.weight) * scale
+        return quantized_matmul(rounded_TI, self.weight, implementation=asked) * scale
+
+    def _in_eight_bits(self, x_TI: Array, axis: str | None, implementation: str) -> Array:
+        """The product of 8-bit floats as they are; scales meet sums, so none is rounded into a row or a weight."""
+        code_OI = jax.lax.bitcast_convert_type(self.weight.code_OC, jnp.float8_e4m3fn)
+        scale_OG = self.weight.scale_OG.astype(jnp.float32)
+        groups = scale_OG.shape[1]
+        x_TI = x_TI.astype(jnp.float32)
+        if self.activations == "group":
+            value_TGI, scale_TG1 = _rounded(x_TI.reshape(len(x_TI), groups, -1), None, None)
+            value_TI, scale_TG = value_TGI.reshape(x_TI.shape), scale_TG1[..., 0]
+        else:
+            value_TI, scale_TG = _rounded(x_TI, self.input_scale, axis)
+        scale_TG = jnp.broadcast_to(scale_TG, (len(x_TI), groups))
+        scales = (scale_TG, scale_OG) if groups > 1 else ()
+        y_TO = eight_bit_matmul(value_TI.astype(jnp.float8_e4m3fn), code_OI, *scales, implementation=implementation)
+        return y_TO if groups > 1 else y_TO * scale_TG * scale_OG[:, 0]
 
     def rounded(self, x_TI: Array, axis: str | None) -> tuple[Array, Array | float]:
         """Rows as the format wants them, in their type, and what their products are multiplied by."""

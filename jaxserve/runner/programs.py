@@ -18,6 +18,7 @@ from jaxserve.core.plan import RunnerShape
 from jaxserve.layers import paged
 from jaxserve.layers.context import LayerKv
 from jaxserve.models.decoder import Decoder
+from jaxserve.quantization import multiplier
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.runner import kv_cache, rows
 from jaxserve.runner.compile import Program
@@ -193,11 +194,13 @@ class ProgramSet:
         setup = self._setup
         placements = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or setup.replicated, results)
         return Program(
-            name=name, function=on_each_device(function, setup.mesh, arguments, placements),
+            name=name, function=on_each_device(
+                functools.partial(_multiplied_by, setup.products, function), setup.mesh, arguments, placements
+            ),
             arguments=arguments, donated=donated, results=placements,
             identity=" ".join(map(str, (
-                repr(setup.spec), setup.dtype, setup.kv_codes, setup.attention, self._tree, self._kernels,
-                repr(closes_over),
+                repr(setup.spec), setup.dtype, setup.kv_codes, setup.attention, setup.products, self._tree,
+                self._kernels, repr(closes_over),
             ))),
         )
 
@@ -225,6 +228,12 @@ def on_each_device(function: Any, mesh: jax.sharding.Mesh, arguments: Any, place
     return jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(lambda leaf: leaf.spec, placements), check_vma=False
     )
+
+
+def _multiplied_by(implementation: str | None, function: Any, *arguments: Any) -> Any:
+    """`function`, whose packed weights are multiplied by this implementation."""
+    with multiplier.multiplied_by(implementation):
+        return function(*arguments)
 
 
 def _on_tree(function: Any, tree: Any, leaves: Any, *arguments: Any, **closed_over: Any) -> Any:

@@ -38,6 +38,7 @@ class RunnerSetup:
     draft: the model that drafts, if one does.
     kv_codes: dtype of the codes of an 8-bit KV cache; None: keys and values as they are.
     attention: who attends (`kernels_pallas`); None: the first that serves of those that need not be named.
+    products: who multiplies packed weights (`kernels_pallas`); None: as of attention.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -53,6 +54,7 @@ class RunnerSetup:
     draft: DraftSetup | None = None
     kv_codes: str | None = None
     attention: str | None = None
+    products: str | None = None
     store: ExecutableStore | None = None
 
     @property

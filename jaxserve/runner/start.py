@@ -39,6 +39,7 @@ logger = logging.getLogger("jaxserve.start")
 
 SHAPING_SLOTS_MAX = 32          # rows at once with penalties, bias, bad words or allowed ids: 10 bytes x V each
 VERIFIED_SAMPLES = 64    # samples of a step with drafts, where the rows alone do not need more
+PRODUCTS = ("quantized_matmul", "eight_bit_matmul")     # ops whose refusals are of quantization-backend
 PROVISIONAL_PAGES = 64          # a pool that costs nothing; temporaries do not depend on it
 
 
@@ -84,7 +85,7 @@ def plan_memory(
         budget = tightest(budget, least)
 
     def temporaries(setup: RunnerSetup) -> int:
-        check_attention(setup, params, draft_params)
+        check_backends(setup, params, draft_params)
         # On the CPU temporaries are malloc'd as they come, out of the reserve.
         mine = 0 if is_cpu else measure_temporaries(setup, params, draft_params)
         return mine if least is None else -least((-mine,))[0]
@@ -205,7 +206,7 @@ def _setup(
         alternatives_max=vocab_size if alternatives == -1 else min(alternatives, vocab_size),
     )
     length = config.model.max_model_len or spec.context_length
-    backend = config.compilation.attention_backend
+    backend, products = config.compilation.attention_backend, config.compilation.quantization_backend
     return RunnerSetup(
         spec=spec, mesh=mesh, dtype=dtype, buckets=buckets,
         shape=_shape(shape, [PROVISIONAL_PAGES] * len(shape.groups), length),
@@ -213,7 +214,7 @@ def _setup(
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
         store=store, kv_codes=_kv_codes(config, spec, dtype, draft, is_cpu=is_cpu),
-        attention=None if backend == "auto" else backend,
+        attention=None if backend == "auto" else backend, products=None if products == "auto" else products,
     )
 
 
@@ -232,9 +233,9 @@ def _shape(shape: RunnerShape, page_counts: list[int], length_max: int) -> Runne
     return replace(shape, groups=groups, length_max=length_max)
 
 
-def check_attention(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
-    """Raises ConfigError where the implementation asked for cannot serve a layer here: traces a step, compiles none."""
-    if setup.attention is None:
+def check_backends(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
+    """Raises ConfigError where an implementation asked for cannot serve a layer here: traces a step, compiles none."""
+    if setup.attention is None and setup.products is None:
         return
     tokens = setup.buckets.tokens[0]
     programs = list(ProgramSet(setup, params).forward(tokens))
@@ -245,7 +246,9 @@ def check_attention(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
         for program in programs:
             jax.eval_shape(program.function, *program.arguments)
     except NoImplementationError as error:
-        raise ConfigError(f"attention-backend {setup.attention}: {error} auto takes one that serves.") from error
+        is_product = str(error).startswith(PRODUCTS)
+        flag, asked = ("quantization", setup.products) if is_product else ("attention", setup.attention)
+        raise ConfigError(f"{flag}-backend {asked}: {error} auto takes one that serves.") from error
 
 
 def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:

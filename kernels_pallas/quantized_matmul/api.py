@@ -2,6 +2,8 @@
 
 Contract: a weight is the float32 value that `weights` spells, rounded to the rows' type; sums in float32, given back
 in float32. A row's result depends on that row and the weight only, within one implementation.
+mosaic_gpu rounds other things and no more: where it scales sums, no weight but the values of tables; where it scales
+weights, values of tables twice. The order of its sums depends on the number of rows, too.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kernels_pallas import contract, hopper
-from kernels_pallas.quantized_matmul import reference, xla
+from kernels_pallas.quantized_matmul import reference, sizes, xla
 from kernels_pallas.quantized_matmul.weights import PackedWeight, violations
 
 
@@ -21,6 +23,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.quantized_matmul import triton  # late: jax warns on import that it is deprecated
 
         return triton.quantized_matmul
+    if name == "mosaic_gpu":
+        from kernels_pallas.quantized_matmul import mosaic_gpu  # late: it needs jax >= 0.11
+
+        return mosaic_gpu.quantized_matmul
     if name == "native":
         from kernels_pallas.native import api as native  # late: it asks for this host
 
@@ -33,8 +39,9 @@ def quantized_matmul(x_TI: Array, weight: PackedWeight, *, implementation: str |
 
     Args:
       x_TI: rows, float32, bfloat16 or float16.
-      implementation: "native" (CPUs that have its instructions, bfloat16), "xla", "triton" (GPUs, 16-bit rows; it has
-        not met one yet, so it must be named), "reference", or None for the first that serves the request.
+      implementation: "native" (CPUs that have its instructions, bfloat16), "xla", "mosaic_gpu" (Hopper,
+        bfloat16 rows) and "triton" (GPUs, 16-bit rows), which have not met a GPU yet and must be named, "reference", or
+        None for the first that serves the request.
     """
     found = violations(weight)
     if len(weight.shape) != 2:
@@ -46,7 +53,8 @@ def quantized_matmul(x_TI: Array, weight: PackedWeight, *, implementation: str |
     contract.require("quantized_matmul", found)
     refusals = {
         "native": lambda: _native_refusals(x_TI, weight), "xla": list,
-        "triton": lambda: _triton_refusals(x_TI, weight), "reference": list,
+        "mosaic_gpu": lambda: sizes.refusals(x_TI, weight), "triton": lambda: _triton_refusals(x_TI, weight),
+        "reference": list,
     }
     return _implementation(contract.choose("quantized_matmul", implementation, refusals))(x_TI, weight)
 

@@ -14,6 +14,7 @@ class PackedCase:
     model: str
     code: Code
     group: int         # inputs that share a scale
+    extra: str         # beside the scales
     width: int         # I
     width_out: int     # O
     tokens: int
@@ -24,13 +25,15 @@ class PackedCase:
 
 
 CASES = tuple(
-    PackedCase(model=model, code=code, group=group, width=width, width_out=width_out, tokens=tokens)
-    for model, code, group, width, width_out in (
-        ("qwen2.5-3b-awq", "int4", 128, 2048, 22016),
-        ("llama-3.1-8b-gptq", "int4", 128, 4096, 28672),
-        ("llama-3.1-70b-w8a16", "int8", 128, 8192, 57344),
-        ("llama-2-7b-squeezellm", "lut4", 4096, 4096, 22016),
-        ("qwen3-8b-fp8", "fp8", 128, 4096, 24576),
+    PackedCase(model=model, code=code, group=group, extra=extra, width=width, width_out=width_out, tokens=tokens)
+    for model, code, group, extra, width, width_out in (
+        ("qwen2.5-3b-awq", "int4", 128, "zero", 2048, 22016),
+        ("llama-3.1-8b-gptq", "int4", 128, "zero", 4096, 28672),
+        ("llama-3.1-8b-q4_k", "int4", 32, "offset", 4096, 28672),
+        ("llama-3.1-70b-w8a16", "int8", 128, "zero", 8192, 57344),
+        ("llama-2-7b-squeezellm", "lut4", 4096, "table", 4096, 22016),
+        ("llama-3.1-8b-nf4", "lut4", 64, "shared table", 4096, 28672),
+        ("qwen3-8b-fp8", "fp8", 128, "none", 4096, 24576),
     )
     for tokens in (1, 16, 2048)
 )

@@ -29,8 +29,11 @@ from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params, open_checkpoint
 from jaxserve.weights.packed import plan, plan_online
 from jaxserve.weights.safetensors import read_file
+from kernels_pallas import hopper
+from kernels_pallas.eight_bit_matmul import refusals as eight_bit_refusals
 from kernels_pallas.native import api as native
 from kernels_pallas.native import packed as native_packed
+from kernels_pallas.quantized_matmul import sizes
 from kernels_pallas.quantized_matmul.api import _triton_refusals
 from scripts.write_quantization import PAGE, Shown, with_table
 from tests.device.fixture_models import FIXTURES, attend_densely, read_cases
@@ -174,15 +177,31 @@ def described(kind: str, params: Any) -> Shown:
     common = {"kind": kind, "method": KINDS[kind][0]["quant_method"], "bits": round(bits, 2)}
     if isinstance(tensor, Int8Tensor):
         activations = "token" if tensor.input_scale is None else "static"
-        return Shown(**common, code="int8", activations=activations, cpu="native, else lanes and xla", gpu="xla")
+        codes_TI = jnp.zeros((1, tensor.shape[1]), jnp.int8)
+        named = _named(mosaic_gpu=eight_bit_refusals(codes_TI, tensor.codes_OI))
+        return Shown(**common, code="int8", activations=activations, cpu="native, else lanes and xla", gpu=named)
     assert isinstance(tensor, PackedTensor)
     assert native._variant(tensor.weight) in native_packed.VARIANTS
     x_TI = jnp.zeros((1, 128), jnp.bfloat16)
-    only_here = ["needs a GPU, the target is 'cpu'"]
     return Shown(
         **common, code=tensor.weight.code, activations=tensor.activations, cpu="native, else xla",
-        gpu="xla (triton by name)" if _triton_refusals(x_TI, tensor.weight) == only_here else "xla",
+        gpu=_named(mosaic_gpu=_mosaic_refusals(tensor, x_TI), triton=_triton_refusals(x_TI, tensor.weight)),
     )
+
+
+def _mosaic_refusals(tensor: PackedTensor, x_TI: jax.Array) -> list[str]:
+    """8-bit floats meet rounded rows in a product of their own."""
+    weight = tensor.weight
+    if weight.code == "fp8" and tensor.activations != "none":
+        return eight_bit_refusals(x_TI, weight.code_OC, weight.scale_OG if weight.scale_OG.shape[1] > 1 else None)
+    return sizes.refusals(x_TI, weight)
+
+
+def _named(**refusals: list[str]) -> str:
+    """Who multiplies on GPUs: XLA, and those that have nothing but this machine against them."""
+    here = (["needs a GPU, the target is 'cpu'"], hopper.environment_refusals())
+    named = [name for name, against in refusals.items() if against in here]
+    return f"xla ({', '.join(named)} by name)" if named else "xla"
 
 
 def test_the_table_is_what_these_tests_showed(shown: dict[str, Shown], request: pytest.FixtureRequest) -> None:

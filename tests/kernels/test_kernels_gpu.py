@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from kernels_pallas.eight_bit_matmul.cases import EightBitCase
+from kernels_pallas.quantized_matmul.cases import PackedCase
 from scripts import gpu_parts, kernels_gpu
 from scripts.device_timing import in_process
 from scripts.kernels_gpu import Part
@@ -30,6 +32,23 @@ def test_parts_run_interpreted(op: str, implementation: str, codes: str | None) 
     assert result["finite"] and result["error"] < 0.02
     speed = gpu_parts.speed(**given)
     assert speed["ms"] > 0 and speed["gb_s"] > 0 and speed["tflop_s"] > 0
+
+
+@pytest.mark.parametrize(("op", "case"), [
+    ("quantized_matmul", PackedCase(
+        model="tiny", code="int4", group=32, extra="offset", width=64, width_out=128, tokens=3
+    )),
+    ("eight_bit_matmul", EightBitCase(
+        model="tiny", dtype="float8_e4m3fn", groups=2, width=64, width_out=128, tokens=3
+    )),
+])
+def test_parts_of_products_run(op: str, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_parts.CASES, op, (case,))
+    given: dict[str, Any] = {"op": op, "implementation": "xla", "case": case.name}
+    result = gpu_parts.product_numerics(**given)
+    assert result["finite"] and result["error"] < 0.01
+    speed = gpu_parts.product_speed(**given)
+    assert speed["times bf16"] == speed["bf16 ms"] / speed["ms"] and speed["gb_s"] > 0
 
 
 def test_batch_invariance_is_told_of_xla() -> None:
@@ -66,6 +85,10 @@ def test_tables_hold_shares_of_the_same_run_and_what_was_not_run() -> None:
     assert "| n | 0.001 | True |" in table
     assert "| s | 0.5 | 3600 | 90% | 70 | 10% |" in table
     assert "| t | not run: RuntimeError: no / such |" in table
+    products = kernels_gpu.report([
+        (part("product_speed", "p"), {"ms": 0.5, "gb_s": 3600.0, "tflop_s": 70.0, "bf16 ms": 1.5, "times bf16": 3.0}),
+    ])
+    assert "| p | 0.5 | 3600 | 70 | 1.5 | 3 |" in products
     assert "| m | 16 rows | 2 | 0.25 | 50% | 10% |" in table and "| m | 512 tokens | 9 |" in table
 
 

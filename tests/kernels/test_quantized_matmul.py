@@ -27,7 +27,7 @@ def packed(kind: str, outs: int, ins: int, group: int, scale: str = "float16") -
     half = code in BLOCKS
     codes = rng.integers(0, 16 if half else 256, (outs, ins)).astype(np.uint8)
     if code == "fp4":
-        group = 16
+        group = 32 if group == 32 else 16
     if code == "fp8":
         codes[(codes & 127) == 127] = 1
     scale_OG = (rng.random((outs, ins // group)) * 0.1 + 0.01).astype("float32" if code in ("lut4", "fp8") else scale)

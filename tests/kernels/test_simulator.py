@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from tests.kernels import packed_simulator
 from tests.kernels.simulator import CASES, QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -53,3 +54,31 @@ def test_the_check_sees_planted_bugs(op: str, name: str) -> None:
     else:
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["races"] or not found["finite"]
+
+
+def simulate_product(name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.kernels.packed_simulator", name]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in packed_simulator.QUICK else pytest.mark.slow)
+    for name, case in packed_simulator.CASES.items() if case.bug is None
+])
+def test_products_are_exact_but_for_roundings_without_a_race(name: str) -> None:
+    """A product whose sums are scaled rounds nothing that is not a table."""
+    done = simulate_product(name)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["races"]
+    assert found["error"] <= (1e-6 if name in packed_simulator.EXACT else 4e-3) * found["largest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, case in packed_simulator.CASES.items() if case.bug is not None])
+def test_the_check_of_products_sees_planted_bugs(name: str) -> None:
+    done = simulate_product(name)
+    if done.returncode:
+        assert "Barrier completed phase 1, but no threads observed phase 0" in done.stderr
+    else:
+        assert json.loads(done.stdout.splitlines()[-1])["races"]

@@ -15,7 +15,7 @@ import pytest
 
 from kernels_pallas import hopper
 from kernels_pallas.hopper import Blocks
-from scripts import tune_kernels
+from scripts import tune_kernels, tune_products
 from scripts.check_kernels import missing
 from scripts.tune_kernels import Trial
 
@@ -83,6 +83,28 @@ def test_dry_run_prints_the_trials_and_a_run_needs_a_gpu() -> None:
     assert re.search(r"paged_decode 128x16: blocks of 128, 3 stages; llama-3.1-8b-1x2048", dry.stdout)
     refused = subprocess.run(command, check=False, **options)
     assert refused.returncode == 2 and "nothing to tune here: needs" in refused.stderr
+
+
+def test_the_quickest_tiles_of_a_product_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = list(tune_products.trials(["quantized_matmul"], "qwen2.5-3b-awq-int4-16"))
+    assert len(todo) > 1
+    results: list[tuple[tune_products.Trial, dict[str, Any]]] = [(todo[0], {"ms": 2.0}), (todo[-1], {"ms": 1.0})]
+    found = tune_products.record(results, {"device": "NVIDIA H200"})
+    file = tmp_path / hopper.tuned_file("NVIDIA H200", "quantized_matmul")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found))
+    monkeypatch.setattr(importlib.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(hopper, "target_kind", lambda: "NVIDIA H200")
+    hopper._tuned.cache_clear()
+    try:
+        [key] = found["blocks"]
+        every = tuple(trial.tiles for trial in todo)
+        assert hopper.tiles("quantized_matmul", key, every) == todo[-1].tiles
+        assert hopper.tiles("quantized_matmul", key, every[:-1]) == todo[0].tiles      # what does not fit is not taken
+        assert hopper.tiles("quantized_matmul", "int4-zero-128-64x64-8", every) == todo[0].tiles
+    finally:
+        hopper._tuned.cache_clear()
+    assert tune_products.record(results[1:], {})["blocks"] == {}
 
 
 @pytest.mark.slow
