@@ -27,6 +27,12 @@ SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the re
 PROGRAM_BYTES_MAX = 226 * 1024       # with all that a kernel holds beside its rings, barriers left out
 QUERY_ROWS = 128                     # that a program of paged_prefill holds in shared memory
 STAGES_MAX = 6
+LATENT_ROWS = 64                     # (token, head) rows of a unit over a latent cache: those of a wgmma
+LATENT_SLOTS = 64                    # of a block of it
+LATENT_STAGES = 2                    # blocks in flight: all that fits at 576 numbers a slot
+LATENT_DIM_MAX = 576                 # numbers a slot
+LATENT_VALUES_MAX = 512              # of them values: 128 registers a thread of either computing warpgroup
+LATENT_COLUMNS = 64                  # of a tile of shared memory; either warpgroup has whole tiles of the values
 CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
 
@@ -73,6 +79,34 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
         found.append(
             f"q of {q_TNH.dtype} over pages of {stored}: both must be bfloat16 or both float16 (tensor cores), "
             "or q one of them over quantised pages"
+        )
+    return found
+
+
+def latent_refusals(
+    q_TNH: Array, k_PKSH: Pages, value_dim: int, *, window: int | None, soft_cap: float | None, has_sinks: bool
+) -> list[str]:
+    """Why the Mosaic GPU kernel for latent caches, whose keys are values too, cannot serve these arrays here."""
+    _, K, S, H = k_PKSH.shape
+    found = [*environment_refusals()]
+    if K != 1:
+        found.append(f"a latent cache has one kv head, this one {K}")
+    if H % LATENT_COLUMNS or H > LATENT_DIM_MAX:
+        found.append(f"{H} numbers a slot are no multiple of {LATENT_COLUMNS} up to {LATENT_DIM_MAX} (shared memory)")
+    if value_dim % (2 * LATENT_COLUMNS) or value_dim > LATENT_VALUES_MAX:
+        found.append(
+            f"{value_dim} values a slot are no multiple of {2 * LATENT_COLUMNS} up to {LATENT_VALUES_MAX} (registers)"
+        )
+    allowed = [size for size in PAGE_SIZES if size <= LATENT_SLOTS]
+    if S not in allowed:
+        found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (of a latent cache)")
+    options = {"a window": window is not None, "a soft cap": soft_cap is not None, "sinks": has_sinks}
+    found += [f"{name} over a latent cache is not implemented" for name, is_asked in options.items() if is_asked]
+    if isinstance(k_PKSH, QuantizedPages):
+        found.append("a latent cache of codes is not implemented")
+    elif q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
+        found.append(
+            f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
         )
     return found
 

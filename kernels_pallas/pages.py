@@ -43,6 +43,11 @@ def read_chunk(pages: Pages, page_BM: Array, dtype: DTypeLike) -> Chunk:
     return Chunk(from_storage(_gather(pages, page_BM), dtype), None)
 
 
+def latent_values(keys: Chunk, value_dim: int) -> Chunk:
+    """The values of a latent cache: the first numbers of its keys."""
+    return Chunk(keys.number_BKCH[..., :value_dim], keys.scale_BKC)
+
+
 def cleared(chunk: Chunk, is_held_BC: Array) -> Chunk:
     """Zero in slots that are not held: those may be NaN, and 0 * NaN is NaN."""
     scale_BKC = chunk.scale_BKC

@@ -47,6 +47,7 @@ class Case:
     codes: str | None = None     # what quantised pages hold
     scales: str = "float32"
     shares_pages: bool = False
+    latent_dim: int | None = None    # keys are values too: that many of their numbers
     bug: str | None = None   # planted: the check must see it
 
 
@@ -76,6 +77,15 @@ CASES = {
     "drafts-window-codes": Case(
         entries=DRAFTS, heads=4, kv_heads=1, tokens=3, window=50, has_sinks=True, codes="float8_e4m3fn"
     ),
+    "latent": Case(heads=16, kv_heads=1, head_dim=192, latent_dim=128),
+    "latent-odd-heads": Case(heads=5, kv_heads=1, head_dim=128, latent_dim=128, page_size=64, dtype="float16"),
+    "latent-128-heads": Case(heads=128, kv_heads=1, head_dim=192, latent_dim=128, page_size=32),
+    "latent-drafts": Case(entries=DRAFTS, heads=24, kv_heads=1, head_dim=192, latent_dim=128, tokens=3),
+    "latent-shared-pages": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, shares_pages=True),
+    "latent-nothing-to-do": Case(entries=(), heads=8, kv_heads=1, head_dim=192, latent_dim=128),
+    "deepseek": Case(entries=((1, 299, 1), (0, 70, 5)), heads=16, kv_heads=1, head_dim=576, latent_dim=512),
+    "bug-latent-not-cleared": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="clear_outside"),
+    "bug-latent-not-awaited": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="barrier_wait"),
     "bug-codes-not-cleared": Case(heads=4, kv_heads=1, codes="float8_e4m3fn", bug="clear_outside"),
     "bug-scales-not-cleared": Case(heads=4, kv_heads=1, codes="int8", bug="held_scales"),
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
@@ -127,9 +137,13 @@ def inputs(case: Case) -> tuple[tuple[jax.Array | AttentionWork, ...], dict[str,
         at = np.arange(begin, start + count)
         held_PS[page_RM[row, at // S], at % S] = True
     k_PKSH, v_PKSH = (_pool(case, rng.normal(size=(P, K, S, H)), held_PS) for _ in range(2))
+    if case.latent_dim is not None:
+        v_PKSH = None
     q_TNH = jnp.asarray(rng.normal(size=(T, case.heads, H)), case.dtype)
     sink_N = jnp.asarray(rng.normal(size=case.heads), jnp.float32) if case.has_sinks else None
     options = {"scale": H**-0.5, "window": case.window, "soft_cap": case.soft_cap, "sink_N": sink_N}
+    if case.latent_dim is not None:
+        options["value_dim"] = case.latent_dim
     return (q_TNH, k_PKSH, v_PKSH, jnp.asarray(page_RM), work), options
 
 
