@@ -108,7 +108,7 @@ def attention_violations(
     _, K, _, page_H = k_PKSH.shape
     found = []
     if v_PKSH is None and (value_dim is None or not 1 <= value_dim <= page_H):
-        found.append(f"without v pages value_dim must be 1 .. {page_H}: numbers of a key that are values; got {value_dim}")
+        found.append(f"without v pages value_dim must be 1 .. {page_H}, what of a key is its value; got {value_dim}")
     if v_PKSH is not None and value_dim is not None:
         found.append(f"value_dim {value_dim} is for keys that are values too: v pages must be None")
     if v_PKSH is not None and _described(v_PKSH) != _described(k_PKSH):

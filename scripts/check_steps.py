@@ -46,7 +46,7 @@ def row(model_name: str, step: str) -> str:
     """A step: embedding, all layers, logits of a token a row."""
     spec, tokens = spec_from_config((MODELS | LATENT)[model_name]), STEPS[step]
     attend = functools.partial(paged.attend, implementation="mosaic_gpu")
-    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend)
+    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend, experts="triton")     # as servers do on GPUs
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     group = spec.kv_groups[0]
     page = jax.ShapeDtypeStruct((PAGES, group.kv_head_count, PAGE_SLOTS, group.head_dim), jnp.bfloat16)

@@ -41,7 +41,7 @@ def numerics(*, op: str, implementation: str, case: dict[str, Any], codes: str |
     length = case["context"] if op == "paged_decode" else case["before"] + case["chunk"]
     arrays = (q, _poisoned(k, table, length), _poisoned(v, table, length), table, work)
     got = np.asarray(_run(call, arrays), np.float32)
-    exact = (q.astype(jnp.float32), *(_exact(pool) for pool in (k, v)), table, work)
+    exact = (q.astype(jnp.float32), _exact(k), _exact(v), table, work)
     expected = np.asarray(_run(_as(call, "reference"), exact), np.float32)
     return {
         "error": float(np.nan_to_num(np.abs(got - expected)).max() / np.abs(expected).max()),
@@ -122,6 +122,8 @@ def _run(call: Any, arrays: tuple[Any, ...]) -> Array:
 
 def _poisoned(pool: Any, table_RM: Array, length: int) -> Any:
     """The pool with as many pages of NaN behind it, and NaN in what the rows' last pages have left."""
+    if pool is None:     # keys are values too
+        return None
     if isinstance(pool, QuantizedPages):
         return QuantizedPages(jnp.concatenate([pool.code_PKSH] * 2), _poisoned(pool.scale_PKS, table_RM, length))
     left = length % pool.shape[2] or pool.shape[2]
@@ -129,7 +131,7 @@ def _poisoned(pool: Any, table_RM: Array, length: int) -> Any:
 
 
 def _exact(pool: Any) -> Any:
-    return pool if isinstance(pool, QuantizedPages) else pool.astype(jnp.float32)
+    return pool if pool is None or isinstance(pool, QuantizedPages) else pool.astype(jnp.float32)
 
 
 def _rates(op: str, case: dict[str, Any], codes: str | None, ms: float) -> dict[str, Any]:
@@ -144,18 +146,18 @@ def _rates(op: str, case: dict[str, Any], codes: str | None, ms: float) -> dict[
         pairs = made.chunk * made.before + made.chunk * (made.chunk + 1) // 2
         if shape.window is not None:
             pairs = min(pairs, made.chunk * shape.window)
-    read_bytes = 2 * read * shape.kv_head_count * (shape.head_dim * itemsize + (4 if codes else 0))
-    return {
-        "ms": ms, "gb_s": read_bytes / ms / 1e6, "tflop_s": 4 * pairs * shape.head_count * shape.head_dim / ms / 1e9,
-    }
+    planes = 2 if shape.latent_dim is None else 1
+    read_bytes = planes * read * shape.kv_head_count * (shape.head_dim * itemsize + (4 if codes else 0))
+    operations = 2 * pairs * shape.head_count * (shape.head_dim + shape.value_dim)
+    return {"ms": ms, "gb_s": read_bytes / ms / 1e6, "tflop_s": operations / ms / 1e9}
 
 
 def _dense(op: str, case: dict[str, Any]) -> tuple[Any, Array, Array, Array, int]:
     """[B, T, N, H] queries and [B, C, K, H] keys and values."""
     made = _case(op, case)
     shape = made.shape
-    if shape.window or shape.soft_cap or shape.has_sinks:
-        raise ValueError(f"{shape.name} has a window, soft cap or sinks: not in this baseline")
+    if shape.window or shape.soft_cap or shape.has_sinks or shape.latent_dim:
+        raise ValueError(f"{shape.name} has a window, soft cap, sinks or a latent cache: not in this baseline")
     if op == "paged_decode":
         rows, new, context = made.rows, 1, made.context
     else:

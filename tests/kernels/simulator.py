@@ -1,6 +1,7 @@
 """One case of a Mosaic GPU kernel in jax's simulator, with races looked for; a process of its own for each.
 
     python -m tests.kernels.simulator paged_decode grouped-three
+    python -m tests.kernels.simulator paged_prefill random-3
 
 The simulator starts a thread a warpgroup and a kernel that forgets an arrival waits for ever, so the caller sets the
 time limit. Slots that no token may see hold NaN. Prints one line of JSON: the largest error against the reference,
@@ -77,6 +78,7 @@ CASES = {
     "drafts-window-codes": Case(
         entries=DRAFTS, heads=4, kv_heads=1, tokens=3, window=50, has_sinks=True, codes="float8_e4m3fn"
     ),
+    "latent-short": Case(entries=((1, 40, 1), (0, 5, 4)), heads=16, kv_heads=1, head_dim=192, latent_dim=128),
     "latent": Case(heads=16, kv_heads=1, head_dim=192, latent_dim=128),
     "latent-odd-heads": Case(heads=5, kv_heads=1, head_dim=128, latent_dim=128, page_size=64, dtype="float16"),
     "latent-128-heads": Case(heads=128, kv_heads=1, head_dim=192, latent_dim=128, page_size=32),
@@ -91,7 +93,32 @@ CASES = {
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
     "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
 }
-QUICK = ("window-sinks-soft-cap",)
+QUICK = ("window-sinks-soft-cap", "latent-short")
+EDGES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 255, 256, 257)      # tokens before a step's
+
+
+def case_of(name: str) -> Case:
+    """One of CASES, or a random step: rows, lengths, chunks, a window or none, shared pages, every other one latent."""
+    if not name.startswith("random-"):
+        return CASES[name]
+    seed = int(name.removeprefix("random-"))
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(6)[: rng.integers(1, 5)].tolist()
+    decodes = rng.integers(0, len(rows) + 1)
+    entries = tuple(
+        (row, int(rng.choice(EDGES)), 1 if index < decodes else int(rng.integers(1, 15)))
+        for index, row in enumerate(rows)
+    )
+    shares_pages = bool(rng.integers(2))
+    if seed % 2:
+        return Case(
+            entries=entries, heads=int(rng.choice((3, 16, 40))), kv_heads=1, head_dim=192, latent_dim=128,
+            shares_pages=shares_pages,
+        )
+    return Case(
+        entries=entries, heads=int(rng.choice((2, 6, 10))), window=(None, 1, 40)[rng.integers(3)],
+        has_sinks=bool(rng.integers(2)), shares_pages=shares_pages,
+    )
 
 
 def run(op: str, case: Case) -> dict[str, float | bool]:
@@ -182,4 +209,4 @@ def races_found() -> bool:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)     # the simulator multiplies poison with numpy
-    print(json.dumps(run(sys.argv[1], CASES[sys.argv[2]])))
+    print(json.dumps(run(sys.argv[1], case_of(sys.argv[2]))))
