@@ -69,7 +69,7 @@ def baseline(*, op: str, implementation: str, case: dict[str, Any], codes: str |
     """The same work by kernels that are not ours: keys and values contiguous, or jax's own paged attention."""
     if codes is not None:
         raise ValueError("baselines have 16-bit keys and values")
-    run, arrays = {"cudnn": _cudnn, "jax paged_attention": _jax_paged, "torch sdpa": _torch}[implementation](op, case)
+    run, arrays = BASELINES[implementation](op, case)
     ms = run() if arrays is None else chained_ms(run, arrays, _calls())
     return _rates(op, case, None, ms)
 
@@ -197,7 +197,7 @@ def _jax_paged(op: str, case: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     return paged_attention, (q[:, 0], *pools, table, lengths)
 
 
-def _torch(op: str, case: dict[str, Any]) -> tuple[Callable[[], float], None]:
+def _torch(op: str, case: dict[str, Any], *, is_flexible: bool = False) -> tuple[Callable[[], float], None]:
     import torch
 
     made, q, k, v, context = _dense(op, case)
@@ -208,14 +208,40 @@ def _torch(op: str, case: dict[str, Any]) -> tuple[Callable[[], float], None]:
     on_gpu = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
     del q, k, v, context
 
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+    if is_flexible:
+        attend = _flexible(op, made.chunk if causal else 1)
+
     def run() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for index in range(CALLS_ELSEWHERE + 3):
             if index == 3:
                 start.record()
-            torch.nn.functional.scaled_dot_product_attention(*on_gpu, is_causal=causal, enable_gqa=True)
+            attend(*on_gpu)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / CALLS_ELSEWHERE
 
     return run, None
+
+
+def _flexible(op: str, tokens: int) -> Callable[..., Any]:
+    """torch's flex attention, compiled; causal where it is a prompt."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+    if op == "paged_decode":
+        return partial(compiled, enable_gqa=True)
+
+    def is_seen(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        return query >= key
+
+    mask = create_block_mask(is_seen, None, None, tokens, tokens, device="cuda")
+    return partial(compiled, block_mask=mask, enable_gqa=True)
+
+
+BASELINES: dict[str, Callable[[str, dict[str, Any]], tuple[Any, tuple[Any, ...] | None]]] = {
+    "cudnn": _cudnn, "jax paged_attention": _jax_paged, "torch sdpa": _torch,
+    "torch flex": partial(_torch, is_flexible=True),
+}
