@@ -17,6 +17,7 @@ from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork, work_layout
 
 TRITON_HEAD_DIM_MAX = 256
+TRITON_VALUES_MAX = 512      # of a latent cache
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -64,18 +65,24 @@ def native_refusals(
 
 
 def triton_refusals(
-    values: Array, pages: Pages, codes: tuple[str, ...] = (), *, is_latent: bool = False
+    values: Array, pages: Pages, codes: tuple[str, ...] = (), *, value_dim: int | None = None
 ) -> list[str]:
     """Why the Pallas:Triton forms cannot work with these arrays here.
 
     Args:
       codes: of quantised pages that a kernel takes.
+      value_dim: of a latent cache, whose keys are values too.
     """
     found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
-    if is_latent:
-        found.append("keys that are values too (a latent cache) are not implemented")
     head_dim = values.shape[-1]
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= TRITON_HEAD_DIM_MAX:
+    if value_dim is not None:
+        codes = ()
+        if any(n & (n - 1) or 0 < n < 16 for n in (value_dim, head_dim - value_dim)) or value_dim > TRITON_VALUES_MAX:
+            found.append(
+                f"a latent cache of {value_dim} values and {head_dim - value_dim} numbers more: both must be powers of "
+                f"two from 16 on (or no more), values at most {TRITON_VALUES_MAX}"
+            )
+    elif head_dim & (head_dim - 1) or not 16 <= head_dim <= TRITON_HEAD_DIM_MAX:
         found.append(f"head dimension {head_dim} is no power of two from 16 to {TRITON_HEAD_DIM_MAX}")
     if values.dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"values must be bfloat16 or float16 (tensor cores), got {values.dtype}")

@@ -43,13 +43,14 @@ def attend(
       value_dim: without v_TKH, the first of a key's numbers that are its value, and the width of the output.
       implementation: who attends, see `kernels_pallas.paged_decode`; a model is built with
         `functools.partial(attend, implementation=...)` for another one, and refused with reasons where that cannot.
-        Pages are written by XLA, and by Triton beside Triton's attention where they hold no codes.
+        Pages are written by XLA, and by Triton beside Triton's attention where they hold neither codes nor latents.
     """
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
 
     def write(pages_PKSH: Pages, new_TKH: Array) -> Pages:
-        writer = "triton" if implementation == "triton" and not isinstance(pages_PKSH, QuantizedPages) else "xla"
+        is_plain = v_TKH is not None and not isinstance(pages_PKSH, QuantizedPages)
+        writer = "triton" if implementation == "triton" and is_plain else "xla"
         return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation=writer)
 
     with jax.named_scope("attention.write"):

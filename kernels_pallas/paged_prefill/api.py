@@ -75,7 +75,7 @@ def paged_prefill(
                 q_TNH, k_PKSH, value_dim, window=window, soft_cap=soft_cap, has_sinks=sink_N is not None
             )
         ),
-        "triton": lambda: contract.triton_refusals(q_TNH, k_PKSH, codes=("int8",), is_latent=v_PKSH is None),
+        "triton": lambda: contract.triton_refusals(q_TNH, k_PKSH, codes=("int8",), value_dim=value_dim),
     }
     chosen = contract.choose("paged_prefill", implementation, refusals)
     attend = _implementation(chosen)
