@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from jaxserve.cluster.members import Leader, Member, check_same
-from jaxserve.cluster.replay import LeaderRunner
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
@@ -31,6 +29,8 @@ from jaxserve.start_report import StartReport, size
 if TYPE_CHECKING:
     import jax
 
+    from jaxserve.cluster.members import Member
+    from jaxserve.core.plan import RunnerPort
     from jaxserve.quantization import online
     from jaxserve.quantization.formats.scheme import Scheme
     from jaxserve.quantization.packing import Packing
@@ -143,6 +143,8 @@ def build_engine(
 
         spec = read_spec(folder, config.model.hf_overrides)
         if member is not None:
+            from jaxserve.cluster.members import check_same
+
             check_same(member, "model", repr(spec))
         mesh, dtype = _place(config, spec)
         weights, draft_weights = weight_plan(config, spec, folder, mesh), None
@@ -161,7 +163,7 @@ def build_engine(
         runner.compile_serving_set(progress, None if member is None else lambda: member.least("compiled"))
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
     loop = EngineLoop(
-        LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner,
+        runner if member is None else _led(runner, member),
         config=scheduler, cache=config.cache, clock=MonotonicClock(),
         speculation=_speculation(config, runner) if drafting is not None else None,
     )
@@ -170,6 +172,14 @@ def build_engine(
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
         _progress=progress,
     )
+
+
+def _led(runner: Runner, member: Member) -> RunnerPort:
+    """The runner, whose calls the first of several processes tells the others."""
+    from jaxserve.cluster.members import Leader
+    from jaxserve.cluster.replay import LeaderRunner
+
+    return LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner
 
 
 def _join(config: EngineConfig, member: Member) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One life of the engine as a server leads it, without HTTP and text: start, first token, generation; a line of JSON.
+"""One life of the engine as a server leads it, without HTTP or text: start, first token, generation; a line of JSON.
 
     python scripts/gpu_life.py --model FOLDER --config qwen3b.yaml --load-format dummy --compilation-cache-dir FOLDER
 
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from jaxserve.core.progress import NoProgress
+from jaxserve.core.request import EngineRequest
 from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.flags.build import serve_config
 from jaxserve.flags.config_file import read_config
-from jaxserve.launch import build_engine
-from jaxserve.llm import LLM
+from jaxserve.launch import LocalEngine, build_engine
 
 
 def main() -> None:
@@ -41,31 +41,40 @@ def life(raw: dict[str, Any], rows: list[int], prompt: int, tokens: int) -> dict
     began = time.perf_counter()
     engine = build_engine(config, progress=NoProgress())
     serving = time.perf_counter()
-    with LLM.from_engine(engine, config) as llm:
+    try:
+        engine.compile_rest()
         engine.runner.wait_ready()
         ready = time.perf_counter()
-        first = _generate(llm, 1, prompt, 1)
+        first = _generate(engine, 1, prompt, 1)
         stats = engine.runner.compile_stats
         found = {
             "serving_s": serving - began, "ready_s": ready - began, "first_token_s": first,
             **{f"start_{name}_s": seconds for name, seconds in engine.report.seconds.items()},
             "programs": stats.compiled_count + stats.loaded_count, "compiled": stats.compiled_count,
             "page_count": engine.info.page_count, "rows_max": engine.info.row_count,
-            "tokens_s": {count: count * tokens / _generate(llm, count, prompt, tokens) for count in rows},
-            "compiled_after_ready": llm.get_metrics().compiled_after_ready_count,
+            "tokens_s": {count: count * tokens / _generate(engine, count, prompt, tokens) for count in rows},
+            "compiled_after_ready": engine.stats.compiled_after_ready_count,
         }
-    return found | _memory()
+        return found | _memory()
+    finally:
+        engine.close()
 
 
-def _generate(llm: LLM, count: int, prompt: int, tokens: int) -> float:
+def _generate(engine: LocalEngine, count: int, prompt: int, tokens: int) -> float:
     """Seconds in which `count` prompts of random tokens, none like another, each give `tokens`."""
     rng = np.random.default_rng(time.time_ns())
-    prompts = [rng.integers(0, llm.info.vocab_size, prompt).tolist() for _ in range(count)]
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     began = time.perf_counter()
-    results = llm.generate(prompts, params, use_tqdm=False)
+    for index in range(count):
+        ids = tuple(rng.integers(0, engine.info.vocab_size, prompt).tolist())
+        engine.loop.add(EngineRequest(request_id=str(index), prompt_token_ids=ids, params=params))
+    made, unfinished = [0] * count, count
+    while unfinished:
+        for output in engine.step():
+            made[int(output.request_id)] += len(output.token_ids)
+            if output.finish_reason is not None:
+                unfinished -= 1
     seconds = time.perf_counter() - began
-    made = [len(choice.token_ids) for result in results for choice in result.outputs]
     if made != [tokens] * count:
         raise RuntimeError(f"{count} prompts were to give {tokens} tokens each and gave {made}")
     return seconds

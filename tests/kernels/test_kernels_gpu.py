@@ -97,6 +97,13 @@ def test_the_list_needs_neither_server_nor_gpu(tmp_path: Path) -> None:
     step = next(part for part in kernels_gpu.parts() if part.kind == "step" and not part.given["has_buffers"])
     words, own = kernels_gpu.command(step, tmp_path)
     assert kernels_gpu.NO_COMMAND_BUFFERS in own["XLA_FLAGS"] and "--attention-backend" in words
+    code = "import sys, scripts.gpu_life; print(sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=True,
+    )
+    for absent in ("msgspec", "tokenizers", "jinja2", "fastapi", "transformers"):     # an engine needs none of them
+        assert f"'{absent}'" not in done.stdout
     lives = [part for part in kernels_gpu.parts() if part.kind == "life"]
     for kept, part in zip((0, 1, 2), lives, strict=False):      # what a start finds of the one before
         for old in ("life-SmolLM2-135M", "choices-SmolLM2-135M"):
