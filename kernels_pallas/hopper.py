@@ -32,6 +32,8 @@ LATENT_SLOTS = 64                    # of a block of it
 LATENT_STAGES = 2                    # blocks in flight: all that fits at 576 numbers a slot
 LATENT_DIM_MAX = 576                 # numbers a slot
 LATENT_VALUES_MAX = 512              # of them values: 128 registers a thread of either computing warpgroup
+GROUPED_COLUMNS = (256, 192, 128)    # of a block of grouped_matmul: half a warpgroup's, whole tiles of 8 rows
+GROUPED_DEPTH = 64                   # of the shared width at once
 LATENT_COLUMNS = 64                  # of a tile of shared memory; either warpgroup has whole tiles of the values
 CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
@@ -108,6 +110,19 @@ def latent_refusals(
         found.append(
             f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
         )
+    return found
+
+
+def grouped_refusals(x_TI: Array, width_out: int) -> list[str]:
+    """Why the Mosaic GPU form of grouped_matmul cannot serve these arrays here."""
+    found = [*environment_refusals()]
+    width = x_TI.shape[1]
+    if x_TI.dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"rows of {x_TI.dtype} are neither bfloat16 nor float16 (tensor cores)")
+    if width % GROUPED_DEPTH:
+        found.append(f"the shared width {width} is no multiple of {GROUPED_DEPTH}")
+    if all(width_out % size for size in GROUPED_COLUMNS):
+        found.append(f"the width out {width_out} is a multiple of none of {', '.join(map(str, GROUPED_COLUMNS))}")
     return found
 
 

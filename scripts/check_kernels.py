@@ -127,6 +127,11 @@ def attention_rows(
         return op(*given[:5], sink_N=sink_N, implementation="mosaic_gpu", **options)
 
     drafts = f", {drafted} tokens" if drafted > 1 else ""
+    yield from reported(name, call, arrays, f"{described(shape, codes)}{drafts}", page)
+
+
+def reported(name: str, call: Callable[..., Any], arrays: Any, what: str, page: int | str) -> Iterator[str]:
+    """A row a Mosaic GPU kernel of a call."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         temporaries = compiled(call, *arrays).memory_analysis().temp_size_in_bytes
@@ -141,7 +146,7 @@ def attention_rows(
             assert shared is not None, resources
             kernel = re.sub(r"_\d+$", "", report.stem).removeprefix(f"{name}_")
             yield (
-                f"| {name}: {kernel} | {described(shape, codes)}{drafts} | {page} | {registers[1]} | "
+                f"| {name}: {kernel} | {what} | {page} | {registers[1]} | "
                 f"{spilled} | {int(shared[1]) // 1024} | {temporaries // 1024} |"
             )
 
@@ -198,6 +203,19 @@ def grouped_row(case: GroupedCase) -> str:
     return f"| grouped_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
 
 
+def hopper_grouped_row(case: GroupedCase) -> str:
+    """The experts' product through Mosaic GPU."""
+    rows = case.tokens * case.chosen
+    arrays = (
+        jax.ShapeDtypeStruct((rows, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts, case.width_out, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts,), jnp.int32),
+    )
+    call = functools.partial(grouped_matmul, implementation="mosaic_gpu")
+    (row,) = reported("grouped_matmul", call, arrays, case.name, "")
+    return row
+
+
 def packed_row(case: PackedCase) -> str:
     """The product of packed weights through Triton; it must not unpack the matrix in memory."""
     arrays = jax.eval_shape(lambda: bench_kernels.call_of("quantized_matmul", case, jnp.dtype(jnp.bfloat16))[1])
@@ -242,6 +260,7 @@ def rows(wanted: str) -> Iterator[str]:
         yield from attention_rows("paged_decode", paged_decode, shape, 16, 4 * DECODE_TOKENS, drafted=4)
     for case in grouped_matmul_cases.CASES:
         if case.tokens in (16, 512) and wanted in case.model:
+            yield hopper_grouped_row(case)
             yield grouped_row(case)
     for packed in quantized_matmul_cases.CASES:
         if wanted in packed.model:

@@ -93,7 +93,7 @@ def _attend(
     keys, values, rest = portable.unpack(refs, is_quantized, is_latent=value_dim is not None)
     q_WKGH, table_RM, row_W, length_W, slot_W, begin_W, end_W, partial_WKGH, logsum_WKG = rest
     piece, blocks = pl.program_id(0), q_WKGH.shape[2] // block
-    head = pl.program_id(1) // blocks
+    head, part = pl.program_id(1) // blocks, pl.program_id(1) % blocks
     slot, begin, end = slot_W[piece], begin_W[piece], end_W[piece]
     length, row = length_W[slot], row_W[slot]
     if window is not None:
@@ -103,7 +103,7 @@ def _attend(
     def _() -> None:
         head_dim = q_WKGH.shape[3]
         slots = portable.turn_slots(head_dim)
-        row_G = pl.program_id(1) % blocks * block + jnp.arange(block)
+        row_G = part * block + jnp.arange(block)
         queries = tuple(
             plt.load(q_WKGH.at[slot, head, row_G[:, None], first + jnp.arange(width)[None, :]])
             for first, width in portable.parts(head_dim, value_dim)

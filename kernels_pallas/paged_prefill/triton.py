@@ -78,14 +78,14 @@ def _attend(
     q_TNH, table_RM, sink_N, token_W, row_W, position_W, size_W, out_TNH = rest
     parts = TILE_TOKENS // part_tokens
     tile, offset = pl.program_id(0) // parts, pl.program_id(0) % parts * part_tokens
-    head, size = pl.program_id(1) // blocks, size_W[tile] - offset
+    head, part, size = pl.program_id(1) // blocks, pl.program_id(1) % blocks, size_W[tile] - offset
 
     @pl.when(size > 0)
     def _() -> None:
         head_dim, rows = q_TNH.shape[2], portable.padded(part_tokens * heads)
         slots = portable.turn_slots(head_dim)
         row_Q = jnp.arange(rows)
-        offset_Q, member_Q = row_Q // heads, pl.program_id(1) % blocks * heads + row_Q % heads
+        offset_Q, member_Q = row_Q // heads, part * heads + row_Q % heads
         is_real_Q = (offset_Q < jnp.minimum(size, part_tokens)) & (member_Q < group)
         head_Q = jnp.where(member_Q < group, head * group + member_Q, 0)
         token_Q = token_W[tile] + offset + offset_Q
@@ -95,8 +95,8 @@ def _attend(
             return (token_Q[:, None], head_Q[:, None], column_H), jnp.broadcast_to(is_real_Q[:, None], (rows, width))
 
         queries = []
-        for part in portable.parts(head_dim, value_dim):
-            own, mask_QH = place(*part)
+        for columns in portable.parts(head_dim, value_dim):
+            own, mask_QH = place(*columns)
             queries.append(plt.load(q_TNH.at[own], mask=mask_QH, other=jnp.zeros((), q_TNH.dtype)))
         width = queries[0].shape[1]
         position = position_W[tile] + offset
