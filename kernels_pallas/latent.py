@@ -40,16 +40,16 @@ LOADER_REGISTERS, MATH_REGISTERS = 24, 240   # of a thread; 24 + 2 * 240 is what
 
 
 class Units(NamedTuple):
-    """What the programs do, [U] each; those past `count`, and empty contexts, are passed over."""
+    """What the programs do, [W] each; those past `count`, and empty contexts, are passed over."""
 
     count: Array
-    query_U: Array       # first row of its queries in the array of them, a multiple of 8
-    out_U: Array         # first row of its results, likewise
-    size_U: Array        # tokens that mean anything
-    row_U: Array         # of the page table
-    begin_U: Array       # context slots [begin, end); begin is a multiple of SLOTS
-    end_U: Array
-    newest_U: Array      # position of its first token: the last slot that this one sees
+    query_W: Array       # first row of its queries in the array of them, a multiple of 8
+    out_W: Array         # first row of its results, likewise
+    size_W: Array        # tokens that mean anything
+    row_W: Array         # of the page table
+    begin_W: Array       # context slots [begin, end); begin is a multiple of SLOTS
+    end_W: Array
+    newest_W: Array      # position of its first token: the last slot that this one sees
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,15 +112,15 @@ class _Refs(NamedTuple):
     k_PKSH: Ref
     page_RM: Ref
     count: Ref
-    query_U: Ref
-    out_U: Ref
-    size_U: Ref
-    row_U: Ref
-    begin_U: Ref
-    end_U: Ref
-    newest_U: Ref
+    query_W: Ref
+    out_W: Ref
+    size_W: Ref
+    row_W: Ref
+    begin_W: Ref
+    end_W: Ref
+    newest_W: Ref
     out_QH: Ref
-    logsum_UQ: Ref
+    logsum_WQ: Ref
     score_QH: Ref          # shared memory from here on: SCORE's columns of the queries, then of the results
     value_QH: Ref          # those of VALUE
     weight_QC: Ref
@@ -155,18 +155,18 @@ class _Unit(NamedTuple):
 def attend(
     q_QH: Array, k_PKSH: Array, page_RM: Array, units: Units, options: Options, out_rows: int, interpret: Any
 ) -> tuple[Array, Array]:
-    """Normalised outputs [out_rows, value_dim] in the type of q, and of each unit log-sum-exps [U, ROWS] to base 2.
+    """Normalised outputs [out_rows, value_dim] in the type of q, and of each unit log-sum-exps [W, ROWS] to base 2.
 
     What no unit writes is left as it is in memory.
     """
-    H, dtype, count = k_PKSH.shape[3], q_QH.dtype, units.query_U.shape[0]
+    H, dtype, count = k_PKSH.shape[3], q_QH.dtype, units.query_W.shape[0]
     operands = {
         "q_QH": q_QH, "k_PKSH": k_PKSH, "page_RM": page_RM, "count": units.count.reshape(1),
         **{name: getattr(units, name) for name in Units._fields[1:]},
     }
     results = {
         "out_QH": jax.ShapeDtypeStruct((out_rows, options.value_dim), dtype),
-        "logsum_UQ": jax.ShapeDtypeStruct((count, ROWS), jnp.float32),
+        "logsum_WQ": jax.ShapeDtypeStruct((count, ROWS), jnp.float32),
     }
     scratch = {
         "score_QH": mosaic.shared((ROWS, len(options.columns(SCORE))), dtype, TILE),
@@ -209,9 +209,9 @@ def _each_unit(refs: _Refs, options: Options, work: Any) -> Array:
 
 
 def _unit(refs: _Refs, index: Array) -> _Unit:
-    begin, end = refs.begin_U[index], refs.end_U[index]
+    begin, end = refs.begin_W[index], refs.end_W[index]
     blocks = pl.cdiv(jnp.maximum(end - begin, 0), SLOTS)
-    return _Unit(index, refs.query_U[index], refs.row_U[index], begin, end, refs.newest_U[index], blocks)
+    return _Unit(index, refs.query_W[index], refs.row_W[index], begin, end, refs.newest_W[index], blocks)
 
 
 def _load(refs: _Refs, options: Options) -> None:
@@ -288,7 +288,7 @@ def _score_units(refs: _Refs, options: Options, *, is_simulated: bool) -> None:
         factor_Q = 1.0 / total_Q
         plgpu.barrier_wait(refs.weight_empty)
         refs.factor_Q[...] = factor_Q
-        refs.logsum_UQ[unit.index] = top_Q + jnp.log2(total_Q)
+        refs.logsum_WQ[unit.index] = top_Q + jnp.log2(total_Q)
         plgpu.barrier_arrive(refs.weight_full)
         _store(refs, options, SCORE, unit, factor_Q, sums)
 
@@ -389,7 +389,7 @@ def _store(refs: _Refs, options: Options, warpgroup: int, unit: _Unit, factor_Q:
             own_QH[:, pl.ds(to, TILE)] = part.astype(own_QH.dtype)
             to += TILE
     plgpu.commit_smem()
-    each, out, size = options.rows // options.tokens, refs.out_U[unit.index], refs.size_U[unit.index]
+    each, out, size = options.rows // options.tokens, refs.out_W[unit.index], refs.size_W[unit.index]
     for token in range(options.tokens):
         rows = pl.ds(pl.multiple_of(out + token * each, 8), each)
 

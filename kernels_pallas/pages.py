@@ -43,9 +43,11 @@ def read_chunk(pages: Pages, page_BM: Array, dtype: DTypeLike) -> Chunk:
     return Chunk(from_storage(_gather(pages, page_BM), dtype), None)
 
 
-def latent_values(keys: Chunk, value_dim: int) -> Chunk:
-    """The values of a latent cache: the first numbers of its keys."""
-    return Chunk(keys.number_BKCH[..., :value_dim], keys.scale_BKC)
+def read_values(pages: Pages | None, page_BM: Array, keys: Chunk, value_dim: int) -> Chunk:
+    """Values of the same slots: from pages of their own, or the first numbers of the keys (a latent cache)."""
+    if pages is None:
+        return Chunk(keys.number_BKCH[..., :value_dim], keys.scale_BKC)
+    return read_chunk(pages, page_BM, keys.number_BKCH.dtype)
 
 
 def cleared(chunk: Chunk, is_held_BC: Array) -> Chunk:

@@ -40,8 +40,8 @@ def paged_decode(
         q_QH = latent.query_rows(gather(q_TNH, work, 1, tokens).reshape(slots * tokens, N, H), options)
         units = _units(work, blocks, tokens, options)
         rows = blocks * options.rows
-        part_QH, logsum_UQ = latent.attend(q_QH, k_PKSH, page_RM, units, options, pieces * rows, interpret)
-        logsum_WQ = logsum_UQ[:, : options.rows].reshape(pieces, rows)
+        part_QH, unit_logsum_WQ = latent.attend(q_QH, k_PKSH, page_RM, units, options, pieces * rows, interpret)
+        logsum_WQ = unit_logsum_WQ[:, : options.rows].reshape(pieces, rows)
         out_WQH = _combine(part_QH.reshape(pieces, rows, value_dim), logsum_WQ, work, slots, interpret)
         out_WQH = out_WQH[:, : tokens * options.heads]
         out_WKGH = latent.grouped(out_WQH, N, options).reshape(slots, 1, tokens * N, value_dim)
@@ -53,15 +53,15 @@ def _units(work: AttentionWork, blocks: int, tokens: int, options: Options) -> U
     def spread(x_W: Array) -> Array:
         return jnp.repeat(x_W, blocks)
 
-    slot_U, block_U = spread(work.piece_slot_W), jnp.tile(jnp.arange(blocks, dtype=jnp.int32), work.piece_slot_W.size)
-    token_U = block_U * options.rows // options.heads
+    slot_W, block_W = spread(work.piece_slot_W), jnp.tile(jnp.arange(blocks, dtype=jnp.int32), work.piece_slot_W.size)
+    token_W = block_W * options.rows // options.heads
     return Units(
         count=work.piece_count * blocks,
-        query_U=slot_U * (tokens * options.heads) + block_U * options.rows,
-        out_U=jnp.arange(slot_U.size, dtype=jnp.int32) * options.rows,
-        size_U=jnp.full(slot_U.shape, options.tokens, jnp.int32),
-        row_U=work.decode_row_W[slot_U], begin_U=spread(work.piece_begin_W), end_U=spread(work.piece_end_W),
-        newest_U=work.decode_length_W[slot_U] - tokens + token_U,
+        query_W=slot_W * (tokens * options.heads) + block_W * options.rows,
+        out_W=jnp.arange(slot_W.size, dtype=jnp.int32) * options.rows,
+        size_W=jnp.full(slot_W.shape, options.tokens, jnp.int32),
+        row_W=work.decode_row_W[slot_W], begin_W=spread(work.piece_begin_W), end_W=spread(work.piece_end_W),
+        newest_W=work.decode_length_W[slot_W] - tokens + token_W,
     )
 
 

@@ -62,11 +62,7 @@ def paged_decode(
             is_held_BC = (position_C < length_B[:, None]) & (position_C >= begin_B[:, None])
             is_seen_BGC = _seen(is_held_BC, position_C, length_B, group, tokens, window)
             keys = pages.read_chunk(k_PKSH, page_BM, q_TNH.dtype)
-            values = (
-                pages.latent_values(keys, value_dim) if v_PKSH is None
-                else pages.read_chunk(v_PKSH, page_BM, q_TNH.dtype)
-            )
-            values = pages.cleared(values, is_held_BC)
+            values = pages.cleared(pages.read_values(v_PKSH, page_BM, keys, value_dim), is_held_BC)
             return softmax.add_chunk(
                 state, q_BKGH, keys, values, is_seen_BGC[:, None], scale=scale, soft_cap=soft_cap
             )

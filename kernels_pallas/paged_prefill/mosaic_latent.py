@@ -44,12 +44,12 @@ def _units(work: AttentionWork, options: Options) -> Units:
     def spread(x_W: Array) -> Array:
         return jnp.repeat(x_W, parts)
 
-    part_U = jnp.tile(jnp.arange(parts, dtype=jnp.int32), work.tile_row_W.size)
-    offset_U = part_U // options.parts * options.tokens
-    query_U = (spread(work.tile_token_W) + offset_U) * options.heads + part_U % options.parts * options.rows
-    size_U = jnp.clip(spread(work.tile_size_W) - offset_U, 0, options.tokens)
-    newest_U = spread(work.tile_position_W) + offset_U
+    part_W = jnp.tile(jnp.arange(parts, dtype=jnp.int32), work.tile_row_W.size)
+    offset_W = part_W // options.parts * options.tokens
+    query_W = (spread(work.tile_token_W) + offset_W) * options.heads + part_W % options.parts * options.rows
+    size_W = jnp.clip(spread(work.tile_size_W) - offset_W, 0, options.tokens)
+    newest_W = spread(work.tile_position_W) + offset_W
     return Units(
-        count=work.tile_count * parts, query_U=query_U, out_U=query_U, size_U=size_U, row_U=spread(work.tile_row_W),
-        begin_U=jnp.zeros_like(size_U), end_U=jnp.where(size_U > 0, newest_U + size_U, 0), newest_U=newest_U,
+        count=work.tile_count * parts, query_W=query_W, out_W=query_W, size_W=size_W, row_W=spread(work.tile_row_W),
+        begin_W=jnp.zeros_like(size_W), end_W=jnp.where(size_W > 0, newest_W + size_W, 0), newest_W=newest_W,
     )

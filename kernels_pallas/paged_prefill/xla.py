@@ -60,11 +60,7 @@ def paged_prefill(
                 is_seen_QC &= position_C > position_Q[:, None] - window
             keys = pages.read_chunk(k_PKSH, table_M[None, index_M], q_TNH.dtype)
             is_held_C = (position_C >= begin) & (position_C < end)
-            values = (
-                pages.latent_values(keys, value_dim) if v_PKSH is None
-                else pages.read_chunk(v_PKSH, table_M[None, index_M], q_TNH.dtype)
-            )
-            values = pages.cleared(values, is_held_C[None])
+            values = pages.cleared(pages.read_values(v_PKSH, table_M[None, index_M], keys, value_dim), is_held_C[None])
             return softmax.add_chunk(state, q_BKQH, keys, values, is_seen_QC, scale=scale, soft_cap=soft_cap)
 
         state = softmax.start(1, K, TILE_TOKENS * G, value_dim, sink_KQ)
