@@ -88,7 +88,7 @@ def test_mosaic_gpu_serves_latent_attention_on_hopper_only(gpu: str, reason: str
         return model.apply({"params": params}, token_T, kv, context, method="hidden")
 
     arrays = abstract_params(spec, jnp.bfloat16), integers((16,)), (LayerKv(k_PKSH=page, v_PKSH=None),) * 2, context
-    device = jax.sharding.AbstractDevice(gpu, None)
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         if reason is None:
