@@ -6,8 +6,8 @@ a copy by TMA begins at every eighth row only. Three warpgroups a program: one c
 into a ring in shared memory, two multiply, each half of the columns; sums of [rows, columns / 2] stay in registers.
 
 Traffic: every weight of a group that has rows, once a tile (its other tiles from L2): E' x O x I x 2 bytes; rows
-O / columns times, mostly from L2; the result by whole tiles, 64 x O x 4 bytes each, beside 2 x I x O bytes of weights
 O / columns times, mostly from L2; the result by whole tiles, 64 x O x 4 bytes each beside 2 x I x O bytes of weights
+(a sixteenth of them at I = 2048), of which the rows that mean something are read and written once more. Roofline: memory
 bandwidth of the weights up to some hundred rows a group, then L2: 128 rows by 256 columns are 87 operations a byte.
 """
 
