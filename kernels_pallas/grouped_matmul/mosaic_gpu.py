@@ -8,7 +8,7 @@ into a ring in shared memory, two multiply, each half of the columns; sums of [r
 Traffic: every weight of a group that has rows, once a tile (its other tiles from L2): E' x O x I x 2 bytes; rows
 O / columns times, mostly from L2; the result by whole tiles, 64 x O x 4 bytes each beside 2 x I x O bytes of weights
 (a sixteenth of them at I = 2048), of which the rows that mean something are read and written once more. Roofline:
-memory bandwidth of the weights up to some hundred rows a group, then L2: 128 rows by 256 columns are 87 operations a byte.
+memory bandwidth of the weights up to some hundred rows a group, then L2: 128 x 256 are 87 operations a byte.
 """
 
 from __future__ import annotations
