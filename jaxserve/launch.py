@@ -16,8 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from jaxserve.cluster.members import Leader, Member, check_same
-from jaxserve.cluster.replay import LeaderRunner
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
@@ -32,6 +30,8 @@ from jaxserve.start_report import StartReport, size
 if TYPE_CHECKING:
     import jax
 
+    from jaxserve.cluster.members import Member
+    from jaxserve.core.plan import RunnerPort
     from jaxserve.quantization import online
     from jaxserve.quantization.formats.scheme import Scheme
     from jaxserve.quantization.packing import Packing
@@ -144,6 +144,8 @@ def build_engine(
 
         spec = read_spec(folder, config.model.hf_overrides)
         if member is not None:
+            from jaxserve.cluster.members import check_same
+
             check_same(member, "model", repr(spec))
         mesh, dtype = _place(config, spec)
         weights, draft_weights = weight_plan(config, spec, folder, mesh), None
@@ -163,7 +165,7 @@ def build_engine(
         del params, draft_params
         runner.compile_serving_set(progress, None if member is None else lambda: member.least("compiled"))
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
-    port = LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner
+    port = runner if member is None else _led(runner, member)
     loop = EngineLoop(
         port, config=scheduler, cache=config.cache, clock=MonotonicClock(),
         speculation=_speculation(config, port) if drafting is not None else None,
@@ -173,6 +175,14 @@ def build_engine(
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,
         _progress=progress,
     )
+
+
+def _led(runner: Runner, member: Member) -> RunnerPort:
+    """The runner, whose calls the first of several processes tells the others."""
+    from jaxserve.cluster.members import Leader
+    from jaxserve.cluster.replay import LeaderRunner
+
+    return LeaderRunner(runner, member.tell) if isinstance(member, Leader) else runner
 
 
 def _join(config: EngineConfig, member: Member) -> None:

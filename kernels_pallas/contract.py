@@ -17,6 +17,7 @@ from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork, work_layout
 
 TRITON_HEAD_DIM_MAX = 256
+TRITON_VALUES_MAX = 512      # of a latent cache
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -47,7 +48,9 @@ def choose(op: str, asked: str | None, refusals: Mapping[str, Callable[[], list[
     )
 
 
-def native_refusals(values: Array, pages: Pages, soft_cap: float | None, tokens: int = 1) -> list[str]:
+def native_refusals(
+    values: Array, pages: Pages, soft_cap: float | None, tokens: int = 1, *, is_latent: bool = False
+) -> list[str]:
     """Why the kernels compiled for this host's CPU cannot work with these arrays here."""
     from kernels_pallas.native import api as native  # late: it asks for this host
 
@@ -56,18 +59,30 @@ def native_refusals(values: Array, pages: Pages, soft_cap: float | None, tokens:
     found = native.attention_refusals(values, pages, soft_cap=soft_cap)
     if tokens != 1:
         found.append(f"one token an entry, got {tokens}")
+    if is_latent:
+        found.append("keys that are values too (a latent cache) are not implemented")
     return found
 
 
-def triton_refusals(values: Array, pages: Pages, codes: tuple[str, ...] = ()) -> list[str]:
+def triton_refusals(
+    values: Array, pages: Pages, codes: tuple[str, ...] = (), *, value_dim: int | None = None
+) -> list[str]:
     """Why the Pallas:Triton forms cannot work with these arrays here.
 
     Args:
       codes: of quantised pages that a kernel takes.
+      value_dim: of a latent cache, whose keys are values too.
     """
     found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
     head_dim = values.shape[-1]
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= TRITON_HEAD_DIM_MAX:
+    if value_dim is not None:
+        codes = ()
+        if any(n & (n - 1) or 0 < n < 16 for n in (value_dim, head_dim - value_dim)) or value_dim > TRITON_VALUES_MAX:
+            found.append(
+                f"a latent cache of {value_dim} values and {head_dim - value_dim} numbers more: both must be powers of "
+                f"two from 16 on (or no more), values at most {TRITON_VALUES_MAX}"
+            )
+    elif head_dim & (head_dim - 1) or not 16 <= head_dim <= TRITON_HEAD_DIM_MAX:
         found.append(f"head dimension {head_dim} is no power of two from 16 to {TRITON_HEAD_DIM_MAX}")
     if values.dtype not in (jnp.bfloat16, jnp.float16):
         found.append(f"values must be bfloat16 or float16 (tensor cores), got {values.dtype}")
@@ -83,13 +98,14 @@ def triton_refusals(values: Array, pages: Pages, codes: tuple[str, ...] = ()) ->
 def attention_violations(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None,
 ) -> list[str]:
     """What is wrong with the arguments of an attention op."""
     if q_TNH.ndim != 3 or k_PKSH.ndim != 4 or page_RM.ndim != 2:
@@ -98,7 +114,11 @@ def attention_violations(
     T, N, H = q_TNH.shape
     _, K, _, page_H = k_PKSH.shape
     found = []
-    if _described(v_PKSH) != _described(k_PKSH):
+    if v_PKSH is None and (value_dim is None or not 1 <= value_dim <= page_H):
+        found.append(f"without v pages value_dim must be 1 .. {page_H}, what of a key is its value; got {value_dim}")
+    if v_PKSH is not None and value_dim is not None:
+        found.append(f"value_dim {value_dim} is for keys that are values too: v pages must be None")
+    if v_PKSH is not None and _described(v_PKSH) != _described(k_PKSH):
         found.append(f"k and v pages must be alike, got {_described(k_PKSH)} and {_described(v_PKSH)}")
     if isinstance(k_PKSH, QuantizedPages):
         found += quantized.violations(k_PKSH)

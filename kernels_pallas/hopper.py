@@ -31,6 +31,14 @@ STAGES_MAX = 6
 OUTS = 64                            # outputs of a product that a warpgroup takes: rows of a wgmma
 PRODUCT_STAGES_MAX = 12
 PRODUCT_ROWS = (8, 16, 32, 64, 128, 256)
+LATENT_ROWS = 64                     # (token, head) rows of a unit over a latent cache: those of a wgmma
+LATENT_SLOTS = 64                    # of a block of it
+LATENT_STAGES = 2                    # blocks in flight: all that fits at 576 numbers a slot
+LATENT_DIM_MAX = 576                 # numbers a slot
+LATENT_VALUES_MAX = 512              # of them values: 128 registers a thread of either computing warpgroup
+GROUPED_COLUMNS = (256, 192, 128)    # of a block of grouped_matmul: half a warpgroup's, whole tiles of 8 rows
+GROUPED_DEPTH = 64                   # of the shared width at once
+LATENT_COLUMNS = 64                  # of a tile of shared memory; either warpgroup has whole tiles of the values
 CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
 
@@ -100,6 +108,47 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
             f"q of {q_TNH.dtype} over pages of {stored}: both must be bfloat16 or both float16 (tensor cores), "
             "or q one of them over quantised pages"
         )
+    return found
+
+
+def latent_refusals(
+    q_TNH: Array, k_PKSH: Pages, value_dim: int, *, window: int | None, soft_cap: float | None, has_sinks: bool
+) -> list[str]:
+    """Why the Mosaic GPU kernel for latent caches, whose keys are values too, cannot serve these arrays here."""
+    _, K, S, H = k_PKSH.shape
+    found = [*environment_refusals()]
+    if K != 1:
+        found.append(f"a latent cache has one kv head, this one {K}")
+    if H % LATENT_COLUMNS or H > LATENT_DIM_MAX:
+        found.append(f"{H} numbers a slot are no multiple of {LATENT_COLUMNS} up to {LATENT_DIM_MAX} (shared memory)")
+    if value_dim % (2 * LATENT_COLUMNS) or value_dim > LATENT_VALUES_MAX:
+        found.append(
+            f"{value_dim} values a slot are no multiple of {2 * LATENT_COLUMNS} up to {LATENT_VALUES_MAX} (registers)"
+        )
+    allowed = [size for size in PAGE_SIZES if size <= LATENT_SLOTS]
+    if S not in allowed:
+        found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (of a latent cache)")
+    options = {"a window": window is not None, "a soft cap": soft_cap is not None, "sinks": has_sinks}
+    found += [f"{name} over a latent cache is not implemented" for name, is_asked in options.items() if is_asked]
+    if isinstance(k_PKSH, QuantizedPages):
+        found.append("a latent cache of codes is not implemented")
+    elif q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
+        found.append(
+            f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
+        )
+    return found
+
+
+def grouped_refusals(x_TI: Array, width_out: int) -> list[str]:
+    """Why the Mosaic GPU form of grouped_matmul cannot serve these arrays here."""
+    found = [*environment_refusals()]
+    width = x_TI.shape[1]
+    if x_TI.dtype not in (jnp.bfloat16, jnp.float16):
+        found.append(f"rows of {x_TI.dtype} are neither bfloat16 nor float16 (tensor cores)")
+    if width % GROUPED_DEPTH:
+        found.append(f"the shared width {width} is no multiple of {GROUPED_DEPTH}")
+    if all(width_out % size for size in GROUPED_COLUMNS):
+        found.append(f"the width out {width_out} is a multiple of none of {', '.join(map(str, GROUPED_COLUMNS))}")
     return found
 
 

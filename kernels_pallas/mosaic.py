@@ -23,6 +23,7 @@ from kernels_pallas.quantized import Pages, QuantizedPages
 LOG2E = math.log2(math.e)        # the kernels' softmax is to base 2: one instruction, ex2
 NOTHING = -1e30                  # finite, so that NOTHING - NOTHING is 0 and not NaN
 WIDENED_ROWS, WIDENED_COLUMNS = 64, 64     # of codes at once: whole tiles of shared memory
+REDUCTION_BYTES = 2048           # jax's own default
 COLUMNS_AT_ONCE = 64             # at once: a whole block of heads of 256 would not fit into the registers left
 
 MATRIX = plgpu.Layout.WGMMA
@@ -203,12 +204,16 @@ def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
 
 def launch(
     body: Callable[..., None], *operands: Array | jax.Ref, name: str, grid: dict[str, int], threads: int,
-    out_type: Any, scratch: tuple[Any, ...], interpret: Any,
+    out_type: Any, scratch: tuple[Any, ...], interpret: Any, reduction_bytes: int = REDUCTION_BYTES,
 ) -> Any:
-    """A kernel of `threads` warpgroups a program; `name` is what profiles show."""
+    """A kernel of `threads` warpgroups a program; `name` is what profiles show.
+
+    Args:
+      reduction_bytes: of shared memory for reductions between the warps of a warpgroup; those along rows need none.
+    """
     body.__name__ = name
     return plgpu.kernel(
         body, out_type=out_type, scratch_types=scratch, grid=tuple(grid.values()), grid_names=tuple(grid),
         num_threads=threads, thread_name="warpgroup", interpret=interpret,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=reduction_bytes),
     )(*operands)

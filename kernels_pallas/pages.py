@@ -43,6 +43,13 @@ def read_chunk(pages: Pages, page_BM: Array, dtype: DTypeLike) -> Chunk:
     return Chunk(from_storage(_gather(pages, page_BM), dtype), None)
 
 
+def read_values(pages: Pages | None, page_BM: Array, keys: Chunk, value_dim: int) -> Chunk:
+    """Values of the same slots: from pages of their own, or the first numbers of the keys (a latent cache)."""
+    if pages is None:
+        return Chunk(keys.number_BKCH[..., :value_dim], keys.scale_BKC)
+    return read_chunk(pages, page_BM, keys.number_BKCH.dtype)
+
+
 def cleared(chunk: Chunk, is_held_BC: Array) -> Chunk:
     """Zero in slots that are not held: those may be NaN, and 0 * NaN is NaN."""
     scale_BKC = chunk.scale_BKC

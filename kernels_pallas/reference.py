@@ -23,7 +23,7 @@ def numbers(pages: Pages, dtype: DTypeLike) -> Array:
 def attend_tokens(
     q_TNH: Array,
     k_PKSH: Array,
-    v_PKSH: Array,
+    v_PKSH: Array | None,
     page_RM: Array,
     row_T: Array,
     position_T: Array,
@@ -32,12 +32,14 @@ def attend_tokens(
     window: int | None = None,
     soft_cap: float | None = None,
     sink_N: Array | None = None,
+    value_dim: int | None = None,
 ) -> Array:
     """Each token attends to its row's positions in (position - window, position], in float32.
 
     Args:
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that takes part in the softmax's denominator and has no value.
+      value_dim: without v_PKSH, the first of a key's numbers that are its value.
     """
     T, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
@@ -47,7 +49,8 @@ def attend_tokens(
             pages_TMKSH = pages_PKSH.at[page_TM].get(mode="clip").astype(jnp.float32)
             return pages_TMKSH.transpose(0, 2, 1, 3, 4).reshape(T, K, -1, H)
 
-        k_TKCH, v_TKCH = gathered(k_PKSH), gathered(v_PKSH)
+        k_TKCH = gathered(k_PKSH)
+        v_TKCH = k_TKCH[..., :value_dim] if v_PKSH is None else gathered(v_PKSH)
         q_TKGH = q_TNH.astype(jnp.float32).reshape(T, K, N // K, H)
         score_TKGC = jnp.einsum("TKGH,TKCH->TKGC", q_TKGH, k_TKCH) * scale
         if soft_cap is not None:
@@ -68,4 +71,4 @@ def attend_tokens(
             total_TKG += jnp.exp(sink_TKG - top_TKG)
         v_TKCH = jnp.where(is_seen_TC[:, None, :, None], v_TKCH, 0)  # an unused slot may hold NaN, and 0 * NaN is NaN
         out_TKGH = jnp.einsum("TKGC,TKCH->TKGH", weight_TKGC / total_TKG, v_TKCH)
-    return out_TKGH.reshape(T, N, H).astype(q_TNH.dtype)
+    return out_TKGH.reshape(T, N, -1).astype(q_TNH.dtype)

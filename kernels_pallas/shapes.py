@@ -16,6 +16,11 @@ class HeadShape:
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
+    latent_dim: int | None = None    # keys are values too: the first so many of their head_dim numbers
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.latent_dim is None else self.latent_dim
 
 
 HEAD_SHAPES = (
@@ -28,6 +33,8 @@ HEAD_SHAPES = (
     HeadShape(name="mixtral-8x7b", head_count=32, kv_head_count=8, head_dim=128),
     HeadShape(name="gpt-oss-20b-local", head_count=64, kv_head_count=8, head_dim=64, window=128, has_sinks=True),
     HeadShape(name="gpt-oss-20b-global", head_count=64, kv_head_count=8, head_dim=64, has_sinks=True),
+    HeadShape(name="deepseek-v2-lite", head_count=16, kv_head_count=1, head_dim=576, latent_dim=512),
+    HeadShape(name="deepseek-v3", head_count=128, kv_head_count=1, head_dim=576, latent_dim=512),
 )
 
 

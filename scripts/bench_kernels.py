@@ -86,7 +86,9 @@ def _attend(
     options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
     if shape.has_sinks:
         options["sink_N"] = jnp.zeros(shape.head_count, jnp.float32)
-    pools = (_pool(size, dtype, codes, seed) for seed in (1, 2))
+    if shape.latent_dim is not None:
+        options["value_dim"] = shape.latent_dim
+    pools = (_pool(size, dtype, codes, 1), None if shape.latent_dim else _pool(size, dtype, codes, 2))
     arrays = (_random((tokens, shape.head_count, shape.head_dim), dtype), *pools, jnp.asarray(page_RM), work)
     return partial(op, implementation=implementation, **options), arrays
 

@@ -50,7 +50,7 @@ PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
 BEGIN, END = "<!-- compiled for an H200: begin -->", "<!-- compiled for an H200: end -->"
 # Compiled over pages of eight bits too.
 IN_CODES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
-VERIFIED = ("qwen2.5-3b", "llama-3.1-8b", "gpt-oss-20b-local")     # compiled with several tokens an entry too
+VERIFIED = ("qwen2.5-3b", "llama-3.1-8b", "gpt-oss-20b-local", "deepseek-v2-lite")   # with several tokens an entry too
 ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
 OPS = {"quantized_matmul": quantized_matmul, "eight_bit_matmul": eight_bit_matmul}
@@ -108,10 +108,13 @@ def attention_arguments(
     work = AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(tokens, ROWS).items()})
     pool = abstract_pool(shape, page, codes)
     q_TNH = jax.ShapeDtypeStruct((tokens, shape.head_count, shape.head_dim), jnp.bfloat16)
-    arrays = [q_TNH, pool, pool, integers((ROWS, PAGES_OF_A_ROW)), work]
+    arrays = [q_TNH, pool, pool if shape.latent_dim is None else None, integers((ROWS, PAGES_OF_A_ROW)), work]
     if shape.has_sinks:
         arrays.append(jax.ShapeDtypeStruct((shape.head_count,), jnp.float32))
-    return arrays, {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+    options = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
+    if shape.latent_dim is not None:
+        options["value_dim"] = shape.latent_dim
+    return arrays, options
 
 
 def attention_rows(
@@ -128,12 +131,17 @@ def attention_rows(
         return op(*given[:5], sink_N=sink_N, implementation="mosaic_gpu", **options)
 
     drafts = f", {drafted} tokens" if drafted > 1 else ""
+    yield from reported(name, call, arrays, f"{described(shape, codes)}{drafts}", page)
+
+
+def reported(name: str, call: Callable[..., Any], arrays: Any, what: str, page: int | str) -> Iterator[str]:
+    """A row a Mosaic GPU kernel of a call."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         temporaries = compiled(call, *arrays).memory_analysis().temp_size_in_bytes
         for kernel, registers, spilled, shared in reports(folder):
             yield (
-                f"| {name}: {kernel.removeprefix(f'{name}_')} | {described(shape, codes)}{drafts} | {page} | "
+                f"| {name}: {kernel.removeprefix(f'{name}_')} | {what} | {page} | "
                 f"{registers} | {spilled} | {shared} | {temporaries // 1024} |"
             )
 
@@ -145,7 +153,7 @@ def reports(folder: str) -> Iterator[tuple[str, int, int, int]]:
         registers = re.search(r"Used (\d+) registers", said)
         if registers is None:
             raise RuntimeError(f"ptxas did not report the registers of {report.stem}: {said}")
-        spilled = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
+        spilled = max(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
         resources = report.with_suffix(".resources.txt").read_text()
         shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
         assert shared is not None, resources
@@ -204,6 +212,19 @@ def grouped_row(case: GroupedCase) -> str:
     return f"| grouped_matmul (Triton) | {case.name} | | | | | {temporaries // 1024} |"
 
 
+def hopper_grouped_row(case: GroupedCase) -> str:
+    """The experts' product through Mosaic GPU."""
+    rows = case.tokens * case.chosen
+    arrays = (
+        jax.ShapeDtypeStruct((rows, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts, case.width_out, case.width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((case.experts,), jnp.int32),
+    )
+    call = functools.partial(grouped_matmul, implementation="mosaic_gpu")
+    (row,) = reported("grouped_matmul", call, arrays, case.name, "")
+    return row
+
+
 def packed_row(case: PackedCase) -> str:
     """The product of packed weights through Triton; it must not unpack the matrix in memory."""
     arrays = jax.eval_shape(lambda: bench_kernels.call_of("quantized_matmul", case, jnp.dtype(jnp.bfloat16))[1])
@@ -245,7 +266,7 @@ def missing() -> str | None:
 def rows(wanted: str) -> Iterator[str]:
     """The table's rows, of the shapes whose name has `wanted` in it."""
     shapes = [(shape, 16) for shape in HEAD_SHAPES]
-    shapes += [(head_shape(name), 64) for name in ("llama-3.1-8b", "gemma-2-9b-local")]
+    shapes += [(head_shape(name), 64) for name in ("llama-3.1-8b", "gemma-2-9b-local", "deepseek-v2-lite")]
     shapes = [(shape, page) for shape, page in shapes if wanted in shape.name]
     for shape, page in shapes:
         yield from attention_rows("paged_decode", paged_decode, shape, page, DECODE_TOKENS)
@@ -263,6 +284,7 @@ def rows(wanted: str) -> Iterator[str]:
         yield from attention_rows("paged_decode", paged_decode, shape, 16, 4 * DECODE_TOKENS, drafted=4)
     for case in grouped_matmul_cases.CASES:
         if case.tokens in (16, 512) and wanted in case.model:
+            yield hopper_grouped_row(case)
             yield grouped_row(case)
     for packed in quantized_matmul_cases.CASES:
         if wanted in packed.model:

@@ -1,15 +1,20 @@
-"""Compiles the engine's own programs for eight H200s without one, with the Hopper kernels; a table of docs/kernels.md.
+"""Compiles the engine's own programs for H200s without one; two tables of docs/kernels.md.
+
+For eight with the Hopper kernels, and for one with what `auto` takes there, XLA's loops (and Triton's product of
+experts).
 
     make kernels-check                                # after whole steps on one GPU
     make kernels-check ARGS=--write                   # write the tables anew
 
-Fails where a program copies the cache or does not alias all it has of it, where a layer lacks a kernel or sends more
-than two all-reduces, and on any figure that differs from the table. Says nothing of speed.
+Fails where a program copies the cache or does not alias all it has of it, where a layer lacks a kernel, has another one
+or sends more than two all-reduces, where temporaries pass a bound, and on any figure that differs from the table. Says
+nothing of speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -32,64 +37,88 @@ from jaxserve.runner.compile import Compiler
 from jaxserve.runner.programs import ProgramSet
 from scripts import check_kernels
 from scripts.check_steps import KERNELS
-from scripts.published_models import MODELS
+from scripts.published_models import LATENT, MODELS
 
-BEGIN, END = "<!-- steps compiled for eight H200: begin -->", "<!-- steps compiled for eight H200: end -->"
+TABLES = {     # title -> devices, --attention-backend, models
+    "steps compiled for eight H200": (8, "mosaic_gpu", MODELS),
+    "steps compiled for one H200 by auto": (1, "auto", MODELS | LATENT),
+}
 HEADER = (
     "| model | program | tokens | layers | temporaries MiB | cache in place MiB | attention kernels | all-reduce "
     "| all-to-all | all-gather |\n|---|---|---|---|---|---|---|---|---|---|"
 )
-DEVICES, ROWS, LENGTH_MAX, POOL = 8, 64, 8192, "2G"
+ROWS, LENGTH_MAX, POOL = 64, 8192, "2G"
+TEMPORARIES_MAX = 1 << 30     # of a program: far less than the pool that they are taken from
 COLLECTIVE = re.compile(r"= \S.*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 COPY = re.compile(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(")
 
 
-def rows(name: str) -> Iterator[str]:
-    """A decode step and one of many tokens: embedding, a segment of layers, final norm; sampling."""
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """Of a program of layers.
+
+    Attributes:
+      kernels: Mosaic GPU calls of a layer.  sums: all-reduces of a layer.
+      cache: bytes that are aliased at least.  page: how HLO spells one device's keys of a layer.
+    """
+
+    kernels: int
+    sums: int
+    cache: int
+    page: str
+
+
+def rows(name: str, devices: int, backend: str) -> Iterator[str]:
+    """A decode step and one of many tokens: embedding, each kind of segment, final norm; sampling."""
     device = kind("H200")
-    mesh = compile_only_mesh(device, DEVICES, has_whole_experts=False)
+    mesh = compile_only_mesh(device, devices, has_whole_experts=False)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        (folder / "config.json").write_text(json.dumps(MODELS[name]))
+        (folder / "config.json").write_text(json.dumps((MODELS | LATENT)[name]))
         spec = read_spec(folder)
         config = engine_config_from_kwargs(
-            path, tensor_parallel_size=DEVICES, max_num_seqs=ROWS, max_num_batched_tokens=2048, dtype="bfloat16",
-            max_model_len=LENGTH_MAX, attention_backend="mosaic_gpu", kv_cache_memory_bytes=POOL,
+            path, tensor_parallel_size=devices, max_num_seqs=ROWS, max_num_batched_tokens=2048, dtype="bfloat16",
+            max_model_len=LENGTH_MAX, attention_backend=backend, kv_cache_memory_bytes=POOL,
         )
         sized = Sizer(spec=spec, folder=folder).size(config, device, lambda *_: 0, mesh=mesh)
     setup = sized.setup
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         programs, compiler = ProgramSet(setup, sized.params[0]), Compiler(None, setup.devices)
-        assert len({segment.kind for segment in programs.segments}) == 1, "all layers are alike"
-        layers = len(programs.segments[0].layers)
-        cache = setup.memory.pool_bytes // len(spec.layers) * layers
-        page = _page(setup.shape.groups[0].page_count, spec, setup.shape.page_size)
+        firsts = {segment.kind: len(segment.layers) for segment in reversed(programs.segments)}
+        group = spec.kv_groups[0]
+        heads = max(1, group.kv_head_count // devices)
+        expected = Expected(
+            kernels=len(KERNELS) if backend == "mosaic_gpu" else 0, sums=2 if devices > 1 else 0,
+            cache=setup.memory.pool_bytes // len(spec.layers),
+            page=f"[{setup.shape.groups[0].page_count},{heads},{setup.shape.page_size},{group.head_dim}]",
+        )
         decode = min(size for size in setup.buckets.tokens if size >= ROWS // 2)
         for tokens in (decode, setup.buckets.tokens_max):
-            for part, program in zip(("begin", "layers", "finish"), programs.forward(tokens), strict=True):
-                yield _row(name, part, tokens, layers, cache, page, compiler.build(program))
-        yield _row(name, "sample", ROWS, layers, cache, page, compiler.build(programs.sample(ROWS)))
+            begin, *between, finish = programs.forward(tokens)
+            yield _row(name, "begin", tokens, 0, expected, compiler.build(begin))
+            for layers, program in zip((firsts[kind] for kind in range(len(firsts))), between, strict=True):
+                yield _row(name, "layers", tokens, layers, expected, compiler.build(program))
+            yield _row(name, "finish", tokens, 0, expected, compiler.build(finish))
+        yield _row(name, "sample", ROWS, 0, expected, compiler.build(programs.sample(ROWS)))
 
 
-def _page(count: int, spec: object, slots: int) -> str:
-    """How HLO spells one device's keys of a layer."""
-    group = spec.kv_groups[0]   # type: ignore[attr-defined]
-    return f"[{count},{max(1, group.kv_head_count // DEVICES)},{slots},{group.head_dim}]"
-
-
-def _row(name: str, part: str, tokens: int, layers: int, cache: int, page: str, executable: jax.stages.Compiled) -> str:
+def _row(name: str, part: str, tokens: int, layers: int, expected: Expected, executable: jax.stages.Compiled) -> str:
     memory, text = executable.memory_analysis(), executable.as_text()
-    sent, is_layers = Counter(COLLECTIVE.findall(text)), part == "layers"
+    sent = Counter(COLLECTIVE.findall(text))
     kernels = text.count('custom_call_target="mosaic_gpu_v2"')
-    held = memory.alias_size_in_bytes if is_layers else 0
-    copies = [shape for shape in COPY.findall(text) if shape.endswith(page)]
-    if is_layers and (held < cache or kernels != layers * len(KERNELS) or sent["all-reduce"] != 2 * layers or copies):
+    held = memory.alias_size_in_bytes if layers else 0
+    copies = [shape for shape in COPY.findall(text) if shape.endswith(expected.page)]
+    wanted = (layers * expected.kernels, layers * expected.sums)
+    if layers and (held < layers * expected.cache or (kernels, sent["all-reduce"]) != wanted or copies):
         raise RuntimeError(
-            f"{name} {part} {tokens}: {held} of {cache} bytes aliased, {kernels} kernels, {sent}, {copies}"
+            f"{name} {part} {tokens}: {held} of {layers * expected.cache} bytes aliased, {kernels} kernels, {sent}, "
+            f"{copies}"
         )
+    if memory.temp_size_in_bytes > TEMPORARIES_MAX:
+        raise RuntimeError(f"{name} {part} {tokens}: {memory.temp_size_in_bytes} bytes of temporaries")
     return (
-        f"| {name} | {part} | {tokens} | {layers if is_layers else ''} | {memory.temp_size_in_bytes / 2**20:.0f} | "
-        f"{held / 2**20 if is_layers else 0:.0f} | {kernels} | {sent['all-reduce']} | {sent['all-to-all']} | "
+        f"| {name} | {part} | {tokens} | {layers or ''} | {memory.temp_size_in_bytes / 2**20:.0f} | "
+        f"{held / 2**20:.0f} | {kernels} | {sent['all-reduce']} | {sent['all-to-all']} | "
         f"{sent['all-gather']} |"
     )
 
@@ -101,13 +130,18 @@ def main() -> int:
     if (why := check_kernels.missing()) is not None:
         print(why)
         return 2
-    print(HEADER)
-    found = []
-    for name in MODELS:
-        for one in rows(name):
-            print(one, flush=True)
-            found.append(one)
-    return check_kernels.compare("\n".join(["", HEADER, *found, ""]), BEGIN, END, is_written=options.write)
+    status = 0
+    for title, (devices, backend, models) in TABLES.items():
+        print(title, HEADER, sep="\n")
+        found = []
+        for name in models:
+            for one in rows(name, devices, backend):
+                print(one, flush=True)
+                found.append(one)
+        begin, end = f"<!-- {title}: begin -->", f"<!-- {title}: end -->"
+        fresh = "\n".join(["", HEADER, *found, ""])
+        status |= check_kernels.compare(fresh, begin, end, is_written=options.write)
+    return status
 
 
 if __name__ == "__main__":

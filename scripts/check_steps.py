@@ -28,7 +28,7 @@ from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.registry import spec_from_config
 from kernels_pallas.work import AttentionWork, work_layout
 from scripts import check_kernels
-from scripts.published_models import MODELS
+from scripts.published_models import LATENT, MODELS
 
 BEGIN, END = "<!-- steps compiled for an H200: begin -->", "<!-- steps compiled for an H200: end -->"
 HEADER = (
@@ -38,18 +38,19 @@ HEADER = (
 )
 ROWS, LENGTH_MAX, PAGE_SLOTS, PAGES = 64, 8192, 16, 8192
 STEPS = {"decode": 64, "prefill": 2048}
-KERNELS = ("paged_decode_attend", "paged_decode_combine", "paged_prefill_attend")
+KERNELS = {"paged_decode_attend": 1, "paged_decode_combine": 1, "paged_prefill_attend": 1}     # calls a layer
+LATENT_KERNELS = {"latent_attend": 2, "latent_combine": 1}     # decode and prefill are one kernel
 
 
 def row(model_name: str, step: str) -> str:
     """A step: embedding, all layers, logits of a token a row."""
-    spec, tokens = spec_from_config(MODELS[model_name]), STEPS[step]
+    spec, tokens = spec_from_config((MODELS | LATENT)[model_name]), STEPS[step]
     attend = functools.partial(paged.attend, implementation="mosaic_gpu")
-    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend)
+    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend, experts="triton")     # as servers do on GPUs
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     group = spec.kv_groups[0]
     page = jax.ShapeDtypeStruct((PAGES, group.kv_head_count, PAGE_SLOTS, group.head_dim), jnp.bfloat16)
-    kv = (LayerKv(k_PKSH=page, v_PKSH=page),) * len(spec.layers)
+    kv = (LayerKv(k_PKSH=page, v_PKSH=page if group.has_values else None),) * len(spec.layers)
     context = StepContext(
         position_T=integers((tokens,)), row_T=integers((tokens,)),
         page_RM=(integers((ROWS, LENGTH_MAX // PAGE_SLOTS)),),
@@ -66,14 +67,16 @@ def row(model_name: str, step: str) -> str:
     cache = _bytes(kv)
     if memory.alias_size_in_bytes != cache:
         raise RuntimeError(f"{model_name} {step}: {memory.alias_size_in_bytes} bytes aliased of a cache of {cache}")
-    calls = {name: _calls(text, name) for name in KERNELS}
+    kernels = KERNELS if group.has_values else LATENT_KERNELS
+    calls = {name: _calls(text, name) for name in kernels}
     everything = text.count('custom_call_target="mosaic_gpu_v2"')
-    if set(calls.values()) != {len(spec.layers)} or everything != sum(calls.values()):
+    wanted = {name: count * len(spec.layers) for name, count in kernels.items()}
+    if calls != wanted or everything != sum(calls.values()):
         raise RuntimeError(f"{model_name} {step}: {len(spec.layers)} layers call {calls}")
     copies = check_kernels.copies_of(page, executable)
     return (
         f"| {model_name} | {step} | {tokens} | {_bytes(params) / 2**30:.2f} | {cache / 2**30:.2f} | "
-        f"{memory.temp_size_in_bytes / 2**20:.0f} | {len(spec.layers)} x {len(KERNELS)} | {len(copies)} |"
+        f"{memory.temp_size_in_bytes / 2**20:.0f} | {len(spec.layers)} x {sum(kernels.values())} | {len(copies)} |"
     )
 
 
@@ -86,7 +89,7 @@ def _bytes(tree: Any) -> int:
 
 
 def rows() -> Iterator[str]:
-    for name in MODELS:
+    for name in MODELS | LATENT:
         for step in STEPS:
             yield row(name, step)
 

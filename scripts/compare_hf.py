@@ -33,11 +33,11 @@ TOLERANCE = 1e-4     # of the largest value
 
 def attend(
     q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, layer_kv: Any, context: StepContext, group: int, *,
-    scale: float, span: Span, soft_cap: float | None, sink_N: jax.Array | None,
+    scale: float, span: Span, soft_cap: float | None, sink_N: jax.Array | None, value_dim: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """Attention of one whole sequence, every score written out."""
     T, N, _ = q_TNH.shape
-    v_TKH = k_TKH if v_TKH is None else v_TKH
+    v_TKH = k_TKH[..., :value_dim] if v_TKH is None else v_TKH
     k_TNH, v_TNH = (jnp.repeat(x, N // k_TKH.shape[1], axis=1) for x in (k_TKH, v_TKH))
     score_NTC = jnp.einsum("TNH,CNH->NTC", q_TNH, k_TNH, precision="highest") * scale
     if soft_cap is not None:

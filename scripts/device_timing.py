@@ -27,12 +27,18 @@ ERROR_CHARACTERS = 600      # of what a part said last
 
 
 def chained_ms(op: Callable[..., Array], arrays: tuple[Any, ...], calls: int) -> float:
-    """Milliseconds of one call, median of REPEATS programs of `calls`; outputs are shaped like the first array."""
+    """Milliseconds of one call, median of REPEATS programs of `calls`; outputs are shaped like the first array, or
+    have fewer columns (a latent cache's values), which then take the place of its first."""
     @jax.jit
     def many(first: Array, rest: tuple[Any, ...]) -> Array:
-        return lax.fori_loop(0, calls, lambda _, x: op(x, *rest).astype(x.dtype), first)
+        return lax.fori_loop(0, calls, lambda _, x: _over(x, op(x, *rest)), first)
 
     return median_s(lambda: many(arrays[0], arrays[1:])) * 1e3 / calls
+
+
+def _over(x: Array, out: Array) -> Array:
+    out = out.astype(x.dtype)
+    return out if out.shape == x.shape else jnp.concatenate([out, x[..., out.shape[-1] :]], -1)
 
 
 def median_s(run: Callable[[], Any]) -> float:

@@ -41,7 +41,7 @@ def numerics(*, op: str, implementation: str, case: dict[str, Any], codes: str |
     length = case["context"] if op == "paged_decode" else case["before"] + case["chunk"]
     arrays = (q, _poisoned(k, table, length), _poisoned(v, table, length), table, work)
     got = np.asarray(_run(call, arrays), np.float32)
-    exact = (q.astype(jnp.float32), *(_exact(pool) for pool in (k, v)), table, work)
+    exact = (q.astype(jnp.float32), _exact(k), _exact(v), table, work)
     expected = np.asarray(_run(_as(call, "reference"), exact), np.float32)
     return {
         "error": float(np.nan_to_num(np.abs(got - expected)).max() / np.abs(expected).max()),
@@ -69,7 +69,7 @@ def baseline(*, op: str, implementation: str, case: dict[str, Any], codes: str |
     """The same work by kernels that are not ours: keys and values contiguous, or jax's own paged attention."""
     if codes is not None:
         raise ValueError("baselines have 16-bit keys and values")
-    run, arrays = {"cudnn": _cudnn, "jax paged_attention": _jax_paged, "torch sdpa": _torch}[implementation](op, case)
+    run, arrays = BASELINES[implementation](op, case)
     ms = run() if arrays is None else chained_ms(run, arrays, _calls())
     return _rates(op, case, None, ms)
 
@@ -159,6 +159,8 @@ def _run(call: Any, arrays: tuple[Any, ...]) -> Array:
 
 def _poisoned(pool: Any, table_RM: Array, length: int) -> Any:
     """The pool with as many pages of NaN behind it, and NaN in what the rows' last pages have left."""
+    if pool is None:     # keys are values too
+        return None
     if isinstance(pool, QuantizedPages):
         return QuantizedPages(jnp.concatenate([pool.code_PKSH] * 2), _poisoned(pool.scale_PKS, table_RM, length))
     left = length % pool.shape[2] or pool.shape[2]
@@ -166,7 +168,7 @@ def _poisoned(pool: Any, table_RM: Array, length: int) -> Any:
 
 
 def _exact(pool: Any) -> Any:
-    return pool if isinstance(pool, QuantizedPages) else pool.astype(jnp.float32)
+    return pool if pool is None or isinstance(pool, QuantizedPages) else pool.astype(jnp.float32)
 
 
 def _rates(op: str, case: dict[str, Any], codes: str | None, ms: float) -> dict[str, Any]:
@@ -181,18 +183,18 @@ def _rates(op: str, case: dict[str, Any], codes: str | None, ms: float) -> dict[
         pairs = made.chunk * made.before + made.chunk * (made.chunk + 1) // 2
         if shape.window is not None:
             pairs = min(pairs, made.chunk * shape.window)
-    read_bytes = 2 * read * shape.kv_head_count * (shape.head_dim * itemsize + (4 if codes else 0))
-    return {
-        "ms": ms, "gb_s": read_bytes / ms / 1e6, "tflop_s": 4 * pairs * shape.head_count * shape.head_dim / ms / 1e9,
-    }
+    planes = 2 if shape.latent_dim is None else 1
+    read_bytes = planes * read * shape.kv_head_count * (shape.head_dim * itemsize + (4 if codes else 0))
+    operations = 2 * pairs * shape.head_count * (shape.head_dim + shape.value_dim)
+    return {"ms": ms, "gb_s": read_bytes / ms / 1e6, "tflop_s": operations / ms / 1e9}
 
 
 def _dense(op: str, case: dict[str, Any]) -> tuple[Any, Array, Array, Array, int]:
     """[B, T, N, H] queries and [B, C, K, H] keys and values."""
     made = _case(op, case)
     shape = made.shape
-    if shape.window or shape.soft_cap or shape.has_sinks:
-        raise ValueError(f"{shape.name} has a window, soft cap or sinks: not in this baseline")
+    if shape.window or shape.soft_cap or shape.has_sinks or shape.latent_dim:
+        raise ValueError(f"{shape.name} has a window, soft cap, sinks or a latent cache: not in this baseline")
     if op == "paged_decode":
         rows, new, context = made.rows, 1, made.context
     else:
@@ -232,7 +234,7 @@ def _jax_paged(op: str, case: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     return paged_attention, (q[:, 0], *pools, table, lengths)
 
 
-def _torch(op: str, case: dict[str, Any]) -> tuple[Callable[[], float], None]:
+def _torch(op: str, case: dict[str, Any], *, is_flexible: bool = False) -> tuple[Callable[[], float], None]:
     import torch
 
     made, q, k, v, context = _dense(op, case)
@@ -243,14 +245,40 @@ def _torch(op: str, case: dict[str, Any]) -> tuple[Callable[[], float], None]:
     on_gpu = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
     del q, k, v, context
 
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+    if is_flexible:
+        attend = _flexible(op, made.chunk if causal else 1)
+
     def run() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for index in range(CALLS_ELSEWHERE + 3):
             if index == 3:
                 start.record()
-            torch.nn.functional.scaled_dot_product_attention(*on_gpu, is_causal=causal, enable_gqa=True)
+            attend(*on_gpu)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / CALLS_ELSEWHERE
 
     return run, None
+
+
+def _flexible(op: str, tokens: int) -> Callable[..., Any]:
+    """torch's flex attention, compiled; causal where it is a prompt."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+    if op == "paged_decode":
+        return partial(compiled, enable_gqa=True)
+
+    def is_seen(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        return query >= key
+
+    mask = create_block_mask(is_seen, None, None, tokens, tokens, device="cuda")
+    return partial(compiled, block_mask=mask, enable_gqa=True)
+
+
+BASELINES: dict[str, Callable[[str, dict[str, Any]], tuple[Any, tuple[Any, ...] | None]]] = {
+    "cudnn": _cudnn, "jax paged_attention": _jax_paged, "torch sdpa": _torch,
+    "torch flex": partial(_torch, is_flexible=True),
+}

@@ -5,10 +5,11 @@
     PYTHONPATH=. python scripts/kernels_gpu.py --only numerics speed --output found
 
 Results at real shapes beside the float32 reference with poisoned pages, batch invariance, decode's bandwidth beside a
-copy and prefill's speed beside a matrix product of the same run, other people's kernels, whole steps of two models on
-dummy weights; products of packed weights and of 8 bits beside the same product in bfloat16. Each part runs in a
-process of its own with a time limit; a part that fails is a line in the tables. Writes OUTPUT.json and OUTPUT.md, the
-tables ready for docs/kernels.md. Needs no network and no server package.
+copy and prefill's speed beside a matrix product of the same run, other people's kernels; products of packed weights and
+of 8 bits beside the same product in bfloat16; whole steps of two models on dummy weights, and how long the host leaves
+the device idle between them; whole lives of the engine (cold and warm starts, tokens a second, memory), beside
+transformers where torch is. Each part runs in a process of its own with a time limit; one that fails is a line in the
+tables. Writes OUTPUT.json and OUTPUT.md, the tables ready for docs/kernels.md. Needs no network and no server package.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,19 +28,31 @@ from kernels_pallas.eight_bit_matmul import cases as eight_bit_matmul_cases
 from kernels_pallas.quantized import FP8
 from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
 from scripts.device_timing import in_process
-from scripts.published_models import MODELS
+from scripts.published_models import MODELS, SMALL
 
 ROOT = Path(__file__).parents[1]
 OURS = ("mosaic_gpu", "triton", "xla")
-OTHERS = ("cudnn", "jax paged_attention", "torch sdpa")
-KINDS = ("ceilings", "numerics", "invariance", "speed", "product_numerics", "product_speed", "step")
+OTHERS = ("cudnn", "jax paged_attention", "torch sdpa", "torch flex")
+KINDS = (
+    "ceilings", "numerics", "invariance", "speed", "product_numerics", "product_speed", "step", "gap", "life",
+)
 PRODUCTS = {"quantized_matmul": ("mosaic_gpu", "triton", "xla"), "eight_bit_matmul": ("mosaic_gpu", "xla")}
-GEOMETRIES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
+GEOMETRIES = (
+    "smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local", "deepseek-v2-lite",
+)
 DECODE_SIZES = ((1, 2048), (16, 2048), (64, 2048))
 PREFILL_SIZES = ((1024, 0), (8192, 0), (512, 7680))
 ROWS = (1, 16, 64, 256)
+CHOICES = "--xla_gpu_per_fusion_autotune_cache_dir"
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="     # none of its kinds: every kernel is launched by itself
-TIMEOUT_S = {"step": 1500.0}
+TIMEOUT_S = {"step": 1500.0, "gap": 900.0, "life": 900.0}
+# Shares of the same run's ceilings that are aimed at: op, codes -> share, ceiling.
+TARGETS = {
+    ("paged_decode", None): (0.85, "gb_s", "copy_gb_s"), ("paged_decode", FP8): (0.75, "gb_s", "copy_gb_s"),
+    ("paged_prefill", None): (0.60, "tflop_s", "matmul_tflop_s"),
+}
+LIVES = {"SmolLM2-135M": "smollm2-135m.yaml", "Qwen2.5-3B": "qwen3b.yaml"}     # model -> shipped configuration
+STARTS = ("cold", "measured choices kept", "programs kept")     # in this order: each finds what the one before left
 TIMEOUT_ELSE_S = 240.0
 
 
@@ -84,6 +98,14 @@ def parts() -> Iterator[Part]:
                 buffers = "command buffers" if has_buffers else "no command buffers"
                 given = {"model": model, "backend": backend, "has_buffers": has_buffers}
                 yield Part(kind="step", name=f"{model} {backend}, {buffers}", given=given)
+    for model in MODELS:
+        for backend in OURS:
+            given = {"model": model, "backend": backend, "has_buffers": True}
+            yield Part(kind="gap", name=f"{model} {backend}", given=given)
+    for model in LIVES:
+        for start in STARTS:
+            yield Part(kind="life", name=f"{model} {start}", given={"model": model, "start": start})
+        yield Part(kind="life", name=f"{model} transformers", given={"model": model, "start": None})
 
 
 def product_cases(op: str) -> list[str]:
@@ -100,18 +122,48 @@ def _part(kind: str, op: str, implementation: str, case: dict[str, Any], codes: 
 
 def command(part: Part, folder: Path) -> tuple[list[str], dict[str, str]]:
     """What runs a part, and what its environment has besides ours."""
-    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if part.kind != "step":
+    own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    if part.kind == "life":
+        return _life(part, folder, own)
+    own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if part.kind not in ("step", "gap"):
         return [str(Path(__file__)), "--part", json.dumps(dataclasses.asdict(part))], own
-    model = folder / str(part.given["model"])
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(MODELS[part.given["model"]]), encoding="utf-8")
+    model = _model(part.given["model"], folder)
     if not part.given["has_buffers"]:
         own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_COMMAND_BUFFERS}".strip()
-    return [
+    words = [
         str(ROOT / "scripts" / "bench_step.py"), "--model", str(model), "--load-format", "dummy", "--json-line",
         "--rows", *map(str, ROWS), "--context", "1024", "--tokens-max", "8192",
         "--attention-backend", part.given["backend"], "--compilation-cache-dir", str(folder / f"programs {part.name}"),
+    ]
+    return (words, own) if part.kind == "step" else ([*words, "--profile", str(folder / f"trace {part.name}")], own)
+
+
+def _model(name: str, folder: Path) -> Path:
+    """A folder with the model's config.json."""
+    model = folder / name
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps((MODELS | SMALL)[name]), encoding="utf-8")
+    return model
+
+
+def _life(part: Part, folder: Path, own: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """A life on dummy weights, as the shipped configuration has it; the allocator is set as a server sets it.
+
+    A cold start finds neither programs nor the choices of kernels that XLA measured; then only the programs go.
+    """
+    name, start = part.given["model"], part.given["start"]
+    model = _model(name, folder)
+    if start is None:
+        return [str(ROOT / "scripts" / "generate_hf.py"), "--model", str(model)], own
+    programs, choices = folder / f"life-{name}", folder / f"choices-{name}"
+    for kept in {"cold": (programs, choices), "measured choices kept": (programs,)}.get(start, ()):
+        shutil.rmtree(kept, ignore_errors=True)
+    choices.mkdir(parents=True, exist_ok=True)
+    own["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHOICES}={choices.resolve()}".strip()
+    return [
+        str(ROOT / "scripts" / "gpu_life.py"), "--model", str(model), "--config", LIVES[name], "--load-format", "dummy",
+        "--compilation-cache-dir", str(programs),
     ], own
 
 
@@ -125,18 +177,58 @@ def report(found: list[tuple[Part, dict[str, Any]]]) -> str:
     for part, result in _of(found, "speed"):
         shares = {}
         if "error" not in result and ceilings:
-            shares = {
+            shares = {"target": _target(part, result, ceilings)} | {
                 "of copy": f"{result['gb_s'] / ceilings['copy_gb_s']:.0%}",
                 "of matmul": f"{result['tflop_s'] / ceilings['matmul_tflop_s']:.0%}",
             }
         speeds.append((part, result | shares))
-    lines += _table("speed", ("ms", "gb_s", "of copy", "tflop_s", "of matmul"), speeds)
+    lines += _table("speed", ("ms", "gb_s", "of copy", "tflop_s", "of matmul", "target"), speeds)
     lines += _table("products: results", ("error", "finite"), _of(found, "product_numerics"))
     columns = ("ms", "gb_s", "tflop_s", "bf16 ms", "times bf16")
     lines += _table("products: speed", columns, _of(found, "product_speed"))
     steps = [(part, row) for part, result in _of(found, "step") for row in _step_rows(part, result)]
     lines += _table("step", ("rows or tokens", "ms", "host ms", "of read", "of dot"), steps)
+    gaps = [(part, row) for part, result in _of(found, "gap") for row in _gap_rows(result)]
+    lines += _table("device between steps", ("rows", "step ms", "device busy ms", "idle ms"), gaps)
+    lives = [(part, _life_row(result)) for part, result in _of(found, "life")]
+    lines += _table("life", ("serving s", "ready s", "compiled", "tokens/s by rows", "GiB used of"), lives)
     return "\n".join(lines)
+
+
+def _target(part: Part, result: dict[str, Any], ceilings: dict[str, Any]) -> str:
+    """Whether a part that has a target meets it: decode from 16 rows of 2k on, prefill of 8k chunks from nothing."""
+    given = part.given
+    aimed = TARGETS.get((given.get("op", ""), given.get("codes")))
+    case = given.get("case", {})
+    is_large = case.get("rows", 0) >= 16 or (case.get("chunk"), case.get("before")) == (8192, 0)
+    if aimed is None or given["implementation"] != "mosaic_gpu" or not is_large:
+        return ""
+    share, figure, ceiling = aimed
+    return f"{share:.0%}: {'met' if result[figure] >= share * ceilings[ceiling] else 'missed'}"
+
+
+def _gap_rows(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What a decode step takes, how much of it the device computes in a trace of the same steps, and what is left."""
+    if "error" in result:
+        yield result
+        return
+    for rows, times in result["host_ms"].items():
+        busy = sum(ms for scopes in result["profile_ms"][f"{rows} rows"].values() for ms in scopes.values())
+        step = times["step"]["median"]
+        yield {"rows": f"{rows} rows", "step ms": step, "device busy ms": float(busy), "idle ms": float(step - busy)}
+
+
+def _life_row(result: dict[str, Any]) -> dict[str, Any]:
+    if "error" in result:
+        return result
+    row = {"tokens/s by rows": ", ".join(f"{rows}: {rate:.0f}" for rows, rate in result["tokens_s"].items())}
+    if "serving_s" not in result:
+        return row
+    used = f"{result['peak_gib']:.1f} of {result['limit_gib']:.1f} (fraction {result['fraction']})"
+    return row | {
+        "serving s": result["serving_s"], "ready s": result["ready_s"], "GiB used of": used,
+        "compiled": f"{result['compiled']} of {result['programs']}, {result['compiled_after_ready']} after ready",
+    }
 
 
 def _of(found: Iterable[tuple[Part, dict[str, Any]]], kind: str) -> list[tuple[Part, dict[str, Any]]]:

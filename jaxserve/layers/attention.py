@@ -23,12 +23,12 @@ from jaxserve.layers.rope import Rotation, rotate
 class AttendPort(Protocol):
     """Writes a step's keys and values to a layer's cache and attends causally; see `layers.paged.attend`.
 
-    Without values (None) the keys are the values too: the latent cache of MLA.
+    Without values (None) the first `value_dim` numbers of a key are its value: the latent cache of MLA.
     """
 
     def __call__(
         self, q_TNH: Array, k_TKH: Array, v_TKH: Array | None, layer_kv: Any, context: Any, group: int, *,
-        scale: float, span: Span, soft_cap: float | None, sink_N: Array | None,
+        scale: float, span: Span, soft_cap: float | None, sink_N: Array | None, value_dim: int | None = None,
     ) -> tuple[Array, Any]: ...
 
 

@@ -65,10 +65,11 @@ class LatentSelfAttention(nn.Module):
             shared_T1H = rotate(latent_TH[:, None, spec.latent_dim :], turn, spec.rope)
             k_T1H = jnp.concatenate([self.latent_norm(latent_TH[:, : spec.latent_dim])[:, None], shared_T1H], axis=-1)
         out_TNH, layer_kv = self.attend(
-            q_TNH, k_T1H, None, layer_kv, context, group, scale=spec.scale, span=spec.span, soft_cap=None, sink_N=None
+            q_TNH, k_T1H, None, layer_kv, context, group, scale=spec.scale, span=spec.span, soft_cap=None, sink_N=None,
+            value_dim=spec.latent_dim,
         )
         with jax.named_scope("attention.out"):
-            value_TNH = self._to_values(out_TNH[..., : spec.latent_dim].astype(self.dtype))
+            value_TNH = self._to_values(out_TNH.astype(self.dtype))
             return self.out(value_TNH.reshape(T, N * spec.value_dim)), layer_kv
 
     def _to_latent(self, q_TNH: Array) -> Array:

@@ -30,6 +30,7 @@ def attend(
     span: Span,
     soft_cap: float | None = None,
     sink_N: Array | None = None,
+    value_dim: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, LayerKv]:
     """Attention output of every token (zero for padding) and the layer's pages with the step's tokens in them.
@@ -39,30 +40,33 @@ def attend(
       group: which KV group, hence which page table, the layer belongs to.
       soft_cap: scores become soft_cap * tanh(score / soft_cap).
       sink_N: a logit a head that counts in the softmax's denominator and has no value.
+      value_dim: without v_TKH, the first of a key's numbers that are its value, and the width of the output.
       implementation: who attends, see `kernels_pallas.paged_decode`; a model is built with
         `functools.partial(attend, implementation=...)` for another one, and refused with reasons where that cannot.
-        Pages are written by XLA, and by Triton beside Triton's attention where they hold no codes.
+        Pages are written by XLA, and by Triton beside Triton's attention where they hold neither codes nor latents.
     """
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
 
     def write(pages_PKSH: Pages, new_TKH: Array) -> Pages:
-        writer = "triton" if implementation == "triton" and not isinstance(pages_PKSH, QuantizedPages) else "xla"
+        is_plain = v_TKH is not None and not isinstance(pages_PKSH, QuantizedPages)
+        writer = "triton" if implementation == "triton" and is_plain else "xla"
         return kv_write(pages_PKSH, new_TKH, page_RM, context.row_T, context.position_T, implementation=writer)
 
     with jax.named_scope("attention.write"):
         k_PKSH = write(layer_kv.k_PKSH, k_TKH)
         has_values = v_TKH is not None and layer_kv.v_PKSH is not None
-        v_PKSH = write(layer_kv.v_PKSH, v_TKH) if has_values else k_PKSH
+        v_PKSH = write(layer_kv.v_PKSH, v_TKH) if has_values else None
     q_TNH = q_TNH.astype(k_TKH.dtype)
     sections = []
     for name, section in (("decode", paged_decode), ("prefill", paged_prefill)):
         with jax.named_scope(f"attention.{name}"):
             sections.append(section(
                 q_TNH, k_PKSH, v_PKSH, page_RM, context.work,
-                scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, implementation=implementation,
+                scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, value_dim=value_dim,
+                implementation=implementation,
             ))
     decoded_TNH, prefilled_TNH = sections
     is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < context.work.decode_count
     out_TNH = jnp.where(is_decode_T[:, None, None], decoded_TNH, prefilled_TNH)
-    return out_TNH, LayerKv(k_PKSH=k_PKSH, v_PKSH=v_PKSH if has_values else None)
+    return out_TNH, LayerKv(k_PKSH=k_PKSH, v_PKSH=v_PKSH)

@@ -222,6 +222,6 @@ def _boxed_params(spec: ModelSpec, dtype: DTypeLike) -> Any:
 
 
 def _no_attention(
-    q_TNH: Array, k_TKH: Array, v_TKH: Array | None, layer_kv: Any, *_: Any, **__: Any
+    q_TNH: Array, k_TKH: Array, v_TKH: Array | None, layer_kv: Any, *_: Any, value_dim: int | None = None, **__: Any
 ) -> tuple[Array, Any]:
-    return q_TNH, layer_kv
+    return q_TNH[..., :value_dim], layer_kv

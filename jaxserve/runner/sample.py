@@ -50,14 +50,9 @@ def sample_step(
     row_count = rows.last_token_R.shape[0]
     row_B = collectives.padded_rows(step.row_B[:count], "samples", row_count)
     position_B = collectives.padded_rows(step.position_B[:count], "samples")
-<<<<<<< HEAD
     is_real_B1 = (step.row_B[:count] < row_count)[:, None]      # zeros cost native products nothing
     hidden_BD = jnp.where(is_real_B1, step.hidden_BD[:count], jnp.zeros((), step.hidden_BD.dtype))
-    logits_BV = _logits(model, tree, leaves, hidden_BD, vocab_size)
-=======
-    params = jax.tree.unflatten(tree, leaves)
-    logits_BV = logits_of_own_rows(model, params, step.hidden_BD[:count], vocab_size)
->>>>>>> d6
+    logits_BV = logits_of_own_rows(model, jax.tree.unflatten(tree, leaves), hidden_BD, vocab_size)
     own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
     sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
     sampled = _told_to_all(sampled)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array
 
-from kernels_pallas import contract
+from kernels_pallas import contract, hopper
 from kernels_pallas.grouped_matmul import reference, xla
 from kernels_pallas.quantized_matmul.weights import PackedWeight, violations
 
@@ -22,6 +22,10 @@ def _implementation(name: str) -> Callable[..., Array]:
         from kernels_pallas.grouped_matmul import triton  # late: jax warns on import that it is deprecated
 
         return triton.grouped_matmul
+    if name == "mosaic_gpu":
+        from kernels_pallas.grouped_matmul import mosaic_gpu  # late: it needs jax >= 0.11
+
+        return mosaic_gpu.grouped_matmul
     return {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}[name]
 
 
@@ -33,8 +37,8 @@ def grouped_matmul(
     Args:
       x_TI: rows sorted by group.  weight_EOI: one matrix a group, as checkpoints store it, or packed.
       count_E: rows of each group, int32; their sum is at most T.
-      implementation: "xla", "reference", "triton" (GPUs, 16-bit values, not packed), or None for the first that serves
-        the request.
+      implementation: "xla", "reference", "mosaic_gpu" (NVIDIA Hopper) or "triton" (GPUs), both for 16-bit values that
+        are not packed, or None for the first that serves the request.
     """
     found = []
     is_packed = isinstance(weight_EOI, PackedWeight)
@@ -49,6 +53,10 @@ def grouped_matmul(
         found.append(f"rows and weights must be alike and float, got {x_TI.dtype} and {weights}")
     contract.require("grouped_matmul", found)
     against = ["float32 would be rounded to 10 bits by the tensor cores"] if x_TI.dtype == jnp.float32 else []
-    against += ["weights are packed"] if is_packed else []
-    refusals = {"xla": list, "reference": list, "triton": lambda: against}
+    packed = ["weights are packed"] if is_packed else []
+    refusals = {
+        "xla": list, "reference": list,
+        "mosaic_gpu": lambda: [*hopper.grouped_refusals(x_TI, weight_EOI.shape[1]), *packed],
+        "triton": lambda: [*against, *packed],
+    }
     return _implementation(contract.choose("grouped_matmul", implementation, refusals))(x_TI, weight_EOI, count_E)

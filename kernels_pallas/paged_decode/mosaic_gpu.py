@@ -28,6 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, mosaic
 from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.paged_decode import mosaic_latent
 from kernels_pallas.paged_decode.slots import gather, repeated_sinks, scatter
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import AttentionWork
@@ -40,7 +41,7 @@ PIECES_AT_ONCE = 4      # loads in flight of one combining program
 def paged_decode(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -48,11 +49,17 @@ def paged_decode(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None = None,
     tokens: int = 1,
     blocks: hopper.Blocks | None = None,
     interpret: Any = None,
 ) -> Array:
     """See `api.paged_decode`. `blocks` overrides the sizes, `interpret` runs the simulator."""
+    if v_PKSH is None:
+        return mosaic_latent.paged_decode(
+            q_TNH, k_PKSH, page_RM, work, scale=scale, value_dim=value_dim, tokens=tokens, interpret=interpret,
+            programs=blocks and blocks.programs,
+        )
     T, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
     group = N // K * tokens

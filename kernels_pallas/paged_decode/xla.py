@@ -22,7 +22,7 @@ from kernels_pallas.work import AttentionWork, decode_block_size
 def paged_decode(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -30,10 +30,12 @@ def paged_decode(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None = None,
     tokens: int = 1,
 ) -> Array:
     """See `api.paged_decode`."""
     _, K, S, H = k_PKSH.shape
+    value_dim = H if value_dim is None else value_dim
     M = page_RM.shape[1]
     slots = work.decode_token_W.shape[0]
     block = decode_block_size(slots)
@@ -60,7 +62,7 @@ def paged_decode(
             is_held_BC = (position_C < length_B[:, None]) & (position_C >= begin_B[:, None])
             is_seen_BGC = _seen(is_held_BC, position_C, length_B, group, tokens, window)
             keys = pages.read_chunk(k_PKSH, page_BM, q_TNH.dtype)
-            values = pages.cleared(pages.read_chunk(v_PKSH, page_BM, q_TNH.dtype), is_held_BC)
+            values = pages.cleared(pages.read_values(v_PKSH, page_BM, keys, value_dim), is_held_BC)
             return softmax.add_chunk(
                 state, q_BKGH, keys, values, is_seen_BGC[:, None], scale=scale, soft_cap=soft_cap
             )
@@ -68,13 +70,13 @@ def paged_decode(
         # Padding rows have length 0: they see nothing and must not pull the beginning of the block to 0.
         begin = jnp.min(jnp.where(length_B > 0, begin_B, jnp.iinfo(jnp.int32).max)) // chunk
         end = (jnp.max(length_B) + chunk - 1) // chunk
-        state = softmax.start(block, K, group, H, sink_KG)
+        state = softmax.start(block, K, group, value_dim, sink_KG)
         out_BKGH = softmax.finish(lax.fori_loop(begin, end, attend_chunk, state)).astype(out_WKGH.dtype)
         return lax.dynamic_update_slice_in_dim(out_WKGH, out_BKGH, first, 0)
 
     with jax.named_scope("paged_decode"):
         block_count = (work.decode_count + block - 1) // block
-        out_WKGH = lax.fori_loop(0, block_count, attend_block, jnp.zeros_like(q_WKGH))
+        out_WKGH = lax.fori_loop(0, block_count, attend_block, jnp.zeros_like(q_WKGH[..., :value_dim]))
         return scatter(out_WKGH, work, q_TNH.shape[0], tokens)
 
 

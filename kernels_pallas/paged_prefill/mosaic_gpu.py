@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, mosaic
 from kernels_pallas.mosaic import MATRIX, NOTHING, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.paged_prefill import mosaic_latent
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.work import SPAN_TOKENS, TILE_TOKENS, AttentionWork
 
@@ -40,7 +41,7 @@ LOAD = 2                 # the warpgroup that copies; 0 and 1 compute
 def paged_prefill(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -48,10 +49,16 @@ def paged_prefill(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None = None,
     blocks: hopper.Blocks | None = None,
     interpret: Any = None,
 ) -> Array:
     """See `api.paged_prefill`. `blocks` overrides the sizes, `interpret` runs the simulator."""
+    if v_PKSH is None:
+        return mosaic_latent.paged_prefill(
+            q_TNH, k_PKSH, page_RM, work, scale=scale, value_dim=value_dim, interpret=interpret,
+            programs=blocks and blocks.programs,
+        )
     T, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
     options = _Options(

@@ -13,7 +13,7 @@ from kernels_pallas.work import TILE_TOKENS, AttentionWork
 def paged_prefill(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -21,9 +21,11 @@ def paged_prefill(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None = None,
 ) -> Array:
     """See `api.paged_prefill`."""
-    k_PKSH, v_PKSH = numbers(k_PKSH, q_TNH.dtype), numbers(v_PKSH, q_TNH.dtype)
+    k_PKSH = numbers(k_PKSH, q_TNH.dtype)
+    v_PKSH = None if v_PKSH is None else numbers(v_PKSH, q_TNH.dtype)
     T = q_TNH.shape[0]
     offset_Q = jnp.arange(TILE_TOKENS)
     is_real_WQ = offset_Q < work.tile_size_W[:, None]
@@ -33,6 +35,7 @@ def paged_prefill(
     position_T = jnp.zeros(T, jnp.int32).at[token_WQ].set(work.tile_position_W[:, None] + offset_Q, mode="drop")
     is_tiled_T = jnp.zeros(T, bool).at[token_WQ].set(True, mode="drop")
     out_TNH = attend_tokens(
-        q_TNH, k_PKSH, v_PKSH, page_RM, row_T, position_T, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N
+        q_TNH, k_PKSH, v_PKSH, page_RM, row_T, position_T, scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N,
+        value_dim=value_dim,
     )
     return jnp.where(is_tiled_T[:, None, None], out_TNH, 0)

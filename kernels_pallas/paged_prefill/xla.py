@@ -20,7 +20,7 @@ from kernels_pallas.work import TILE_TOKENS, AttentionWork
 def paged_prefill(
     q_TNH: Array,
     k_PKSH: Pages,
-    v_PKSH: Pages,
+    v_PKSH: Pages | None,
     page_RM: Array,
     work: AttentionWork,
     *,
@@ -28,10 +28,12 @@ def paged_prefill(
     window: int | None,
     soft_cap: float | None,
     sink_N: Array | None,
+    value_dim: int | None = None,
 ) -> Array:
     """See `api.paged_prefill`."""
     T, N, H = q_TNH.shape
     _, K, S, _ = k_PKSH.shape
+    value_dim = H if value_dim is None else value_dim
     M = page_RM.shape[1]
     G = N // K
     chunk_pages = pages.chunk_page_count(S, M)
@@ -58,18 +60,18 @@ def paged_prefill(
                 is_seen_QC &= position_C > position_Q[:, None] - window
             keys = pages.read_chunk(k_PKSH, table_M[None, index_M], q_TNH.dtype)
             is_held_C = (position_C >= begin) & (position_C < end)
-            values = pages.cleared(pages.read_chunk(v_PKSH, table_M[None, index_M], q_TNH.dtype), is_held_C[None])
+            values = pages.cleared(pages.read_values(v_PKSH, table_M[None, index_M], keys, value_dim), is_held_C[None])
             return softmax.add_chunk(state, q_BKQH, keys, values, is_seen_QC, scale=scale, soft_cap=soft_cap)
 
-        state = softmax.start(1, K, TILE_TOKENS * G, H, sink_KQ)
+        state = softmax.start(1, K, TILE_TOKENS * G, value_dim, sink_KQ)
         state = lax.fori_loop(begin // chunk, (end + chunk - 1) // chunk, attend_chunk, state)
-        out_KQGH = softmax.finish(state).astype(out_TKGH.dtype).reshape(K, TILE_TOKENS, G, H)
+        out_KQGH = softmax.finish(state).astype(out_TKGH.dtype).reshape(K, TILE_TOKENS, G, value_dim)
         # Rows past the tile's size hold a neighbour's tokens: a later tile (or nobody, for padding) writes those.
         return lax.dynamic_update_slice_in_dim(out_TKGH, out_KQGH.transpose(1, 0, 2, 3), first, 0)
 
     with jax.named_scope("paged_prefill"):
-        out_TKGH = lax.fori_loop(0, work.tile_count, attend_tile, jnp.zeros_like(q_TKGH))
-        out_TNH = out_TKGH[:T].reshape(T, N, H)
+        out_TKGH = lax.fori_loop(0, work.tile_count, attend_tile, jnp.zeros_like(q_TKGH[..., :value_dim]))
+        out_TNH = out_TKGH[:T].reshape(T, N, value_dim)
         tile_last = jnp.maximum(work.tile_count - 1, 0)
         end = work.tile_token_W[tile_last] + work.tile_size_W[tile_last]
         token_T = jnp.arange(T, dtype=jnp.int32)

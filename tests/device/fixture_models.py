@@ -58,11 +58,11 @@ def tiny_logits(name: str) -> list[np.ndarray]:
 
 def attend_densely(
     q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array | None, layer_kv: Any, context: Any, group: int, *,
-    scale: float, span: Span, soft_cap: float | None, sink_N: jax.Array | None,
+    scale: float, span: Span, soft_cap: float | None, sink_N: jax.Array | None, value_dim: int | None = None,
 ) -> tuple[jax.Array, Any]:
     """The oracle of attention: one whole sequence, no cache, every score written out."""
     T, N, _ = q_TNH.shape
-    v_TKH = k_TKH if v_TKH is None else v_TKH
+    v_TKH = k_TKH[..., :value_dim] if v_TKH is None else v_TKH
     k_TNH, v_TNH = (jnp.repeat(x, N // k_TKH.shape[1], axis=1).astype(jnp.float32) for x in (k_TKH, v_TKH))
     score_NTC = jnp.einsum("TNH,CNH->NTC", q_TNH.astype(jnp.float32), k_TNH) * scale
     if soft_cap is not None:

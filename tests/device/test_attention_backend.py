@@ -5,12 +5,23 @@ On several devices: test_tensor_parallel.py.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve.core.errors import ConfigError
+from jaxserve.layers import paged
+from jaxserve.layers.context import LayerKv, StepContext
+from jaxserve.models.decoder import Decoder, abstract_params
+from jaxserve.models.registry import spec_from_config
+from kernels_pallas import contract
+from kernels_pallas.work import AttentionWork, work_layout
+from scripts.published_models import LATENT
 from tests.device.fixture_models import FIXTURES
 from tests.device.interpreted_kernels import OPS, interpret
 from tests.device.test_kv_codes import scored
@@ -46,3 +57,32 @@ def test_what_cannot_serve_is_refused_at_start_by_its_own_reasons(backend: str, 
     start = f"attention-backend {backend}: .*: no implementation serves this request. {reason}"
     with pytest.raises(ConfigError, match=start):
         scored(LLAMA, attention_backend=backend)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax >= 0.11")
+@pytest.mark.parametrize(("gpu", "reason"), [("NVIDIA H200", None), ("NVIDIA A100", "needs an NVIDIA Hopper GPU")])
+def test_mosaic_gpu_serves_latent_attention_on_hopper_only(gpu: str, reason: str | None) -> None:
+    """A layer of DeepSeek-V2-Lite at its real width, traced for a GPU that is not there."""
+    spec = spec_from_config(LATENT["DeepSeek-V2-Lite"] | {"num_hidden_layers": 1})
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    page = jax.ShapeDtypeStruct((8, 1, 16, 576), jnp.bfloat16)
+    context = StepContext(
+        position_T=integers((16,)), row_T=integers((16,)), page_RM=(integers((4, 8)),),
+        work=AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(16, 4).items()}),
+    )
+    attend = functools.partial(paged.attend, implementation="mosaic_gpu")
+    model = Decoder(spec=spec, dtype=jnp.bfloat16, attend=attend)
+
+    def run(params: Any, token_T: jax.Array, kv: Any, context: StepContext) -> Any:
+        return model.apply({"params": params}, token_T, kv, context, method="hidden")
+
+    arrays = abstract_params(spec, jnp.bfloat16), integers((16,)), (LayerKv(k_PKSH=page, v_PKSH=None),), context
+    device = jax.sharding.AbstractDevice(device_kind=gpu, num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        if reason is None:
+            hidden_TD, kv = jax.eval_shape(run, *arrays)
+            assert hidden_TD.shape == (16, 2048) and kv == arrays[2]
+        else:
+            with pytest.raises(contract.NoImplementationError, match=reason):
+                jax.eval_shape(run, *arrays)

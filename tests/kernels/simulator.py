@@ -1,6 +1,7 @@
 """One case of a Mosaic GPU kernel in jax's simulator, with races looked for; a process of its own for each.
 
     python -m tests.kernels.simulator paged_decode grouped-three
+    python -m tests.kernels.simulator paged_prefill random-3
 
 The simulator starts a thread a warpgroup and a kernel that forgets an arrival waits for ever, so the caller sets the
 time limit. Slots that no token may see hold NaN. Prints one line of JSON: the largest error against the reference,
@@ -47,6 +48,7 @@ class Case:
     codes: str | None = None     # what quantised pages hold
     scales: str = "float32"
     shares_pages: bool = False
+    latent_dim: int | None = None    # keys are values too: that many of their numbers
     bug: str | None = None   # planted: the check must see it
 
 
@@ -76,12 +78,47 @@ CASES = {
     "drafts-window-codes": Case(
         entries=DRAFTS, heads=4, kv_heads=1, tokens=3, window=50, has_sinks=True, codes="float8_e4m3fn"
     ),
+    "latent-short": Case(entries=((1, 40, 1), (0, 5, 4)), heads=16, kv_heads=1, head_dim=192, latent_dim=128),
+    "latent": Case(heads=16, kv_heads=1, head_dim=192, latent_dim=128),
+    "latent-odd-heads": Case(heads=5, kv_heads=1, head_dim=128, latent_dim=128, page_size=64, dtype="float16"),
+    "latent-128-heads": Case(heads=128, kv_heads=1, head_dim=192, latent_dim=128, page_size=32),
+    "latent-drafts": Case(entries=DRAFTS, heads=24, kv_heads=1, head_dim=192, latent_dim=128, tokens=3),
+    "latent-shared-pages": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, shares_pages=True),
+    "latent-nothing-to-do": Case(entries=(), heads=8, kv_heads=1, head_dim=192, latent_dim=128),
+    "deepseek": Case(entries=((1, 299, 1), (0, 70, 5)), heads=16, kv_heads=1, head_dim=576, latent_dim=512),
+    "bug-latent-not-cleared": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="clear_outside"),
+    "bug-latent-not-awaited": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="barrier_wait"),
     "bug-codes-not-cleared": Case(heads=4, kv_heads=1, codes="float8_e4m3fn", bug="clear_outside"),
     "bug-scales-not-cleared": Case(heads=4, kv_heads=1, codes="int8", bug="held_scales"),
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
     "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
 }
-QUICK = ("window-sinks-soft-cap",)
+QUICK = ("window-sinks-soft-cap", "latent-short")
+EDGES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 255, 256, 257)      # tokens before a step's
+
+
+def case_of(name: str) -> Case:
+    """One of CASES, or a random step: rows, lengths, chunks, a window or none, shared pages, every other one latent."""
+    if not name.startswith("random-"):
+        return CASES[name]
+    seed = int(name.removeprefix("random-"))
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(6)[: rng.integers(1, 5)].tolist()
+    decodes = rng.integers(0, len(rows) + 1)
+    entries = tuple(
+        (row, int(rng.choice(EDGES)), 1 if index < decodes else int(rng.integers(1, 15)))
+        for index, row in enumerate(rows)
+    )
+    shares_pages = bool(rng.integers(2))
+    if seed % 2:
+        return Case(
+            entries=entries, heads=int(rng.choice((3, 16, 40))), kv_heads=1, head_dim=192, latent_dim=128,
+            shares_pages=shares_pages,
+        )
+    return Case(
+        entries=entries, heads=int(rng.choice((2, 6, 10))), window=(None, 1, 40)[rng.integers(3)],
+        has_sinks=bool(rng.integers(2)), shares_pages=shares_pages,
+    )
 
 
 def run(op: str, case: Case) -> dict[str, float | bool]:
@@ -127,9 +164,13 @@ def inputs(case: Case) -> tuple[tuple[jax.Array | AttentionWork, ...], dict[str,
         at = np.arange(begin, start + count)
         held_PS[page_RM[row, at // S], at % S] = True
     k_PKSH, v_PKSH = (_pool(case, rng.normal(size=(P, K, S, H)), held_PS) for _ in range(2))
+    if case.latent_dim is not None:
+        v_PKSH = None
     q_TNH = jnp.asarray(rng.normal(size=(T, case.heads, H)), case.dtype)
     sink_N = jnp.asarray(rng.normal(size=case.heads), jnp.float32) if case.has_sinks else None
     options = {"scale": H**-0.5, "window": case.window, "soft_cap": case.soft_cap, "sink_N": sink_N}
+    if case.latent_dim is not None:
+        options["value_dim"] = case.latent_dim
     return (q_TNH, k_PKSH, v_PKSH, jnp.asarray(page_RM), work), options
 
 
@@ -168,4 +209,4 @@ def races_found() -> bool:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", RuntimeWarning)     # the simulator multiplies poison with numpy
-    print(json.dumps(run(sys.argv[1], CASES[sys.argv[2]])))
+    print(json.dumps(run(sys.argv[1], case_of(sys.argv[2]))))

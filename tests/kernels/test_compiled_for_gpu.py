@@ -78,6 +78,22 @@ def test_codes_are_refused_where_a_kernel_cannot_take_them() -> None:
     assert any("heads up to 128, not 256" in why for why in hopper.refusals(q_TNH, wide, QUANTIZED_HEAD_DIM_MAX))
 
 
+def test_a_latent_cache_is_refused_where_the_kernel_cannot_take_it() -> None:
+    def refused(slots: int, width: int, values: int, kv_heads: int = 1, **asked: object) -> str:
+        q_TNH, k_PKSH = jnp.zeros((4, 16, width), jnp.bfloat16), jnp.zeros((2, kv_heads, slots, width), jnp.bfloat16)
+        options = {"window": None, "soft_cap": None, "has_sinks": False} | asked
+        where = hopper.environment_refusals()
+        return "; ".join(why for why in hopper.latent_refusals(q_TNH, k_PKSH, values, **options) if why not in where)
+
+    assert not refused(16, 576, 512) and not refused(64, 576, 512)
+    found = refused(128, 600, 500, kv_heads=2, window=7, soft_cap=1.0, has_sinks=True)
+    for named in ("one kv head, this one 2", "600 numbers", "500 values", "page size 128 is none of 16, 32, 64",
+                  "a window over", "a soft cap over", "sinks over"):
+        assert named in found
+    shared = hopper.LATENT_STAGES * hopper.LATENT_SLOTS * 576 * 2 + 64 * (576 + 64) * 2 + 64 * 4
+    assert shared <= hopper.PROGRAM_BYTES_MAX
+
+
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 @pytest.mark.parametrize("group", [0, 8, 64])

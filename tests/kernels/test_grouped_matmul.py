@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import hopper
 from kernels_pallas.contract import ContractError, NoImplementationError
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.grouped_matmul.xla import TILE_ROWS_MAX, tile_rows
@@ -80,3 +85,28 @@ def test_the_triton_kernel_refuses_float32() -> None:
     x_TI, weight_EOI, count_E = arrays([3, 4])
     with pytest.raises(NoImplementationError, match="10 bits"):
         grouped_matmul(x_TI, weight_EOI, count_E, implementation="triton")
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the simulator needs jax >= 0.11")
+@pytest.mark.parametrize("name", ["narrow", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("uneven", "one-group", "none", "bug")
+)])
+def test_hopper_form_equals_the_reference_in_the_simulator_without_a_race(name: str) -> None:
+    command = [sys.executable, "-m", "tests.kernels.grouped_simulator", name]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=150, check=False
+    )
+    if name == "bug":      # planted: the check must see it
+        is_seen = "Barrier completed phase 1, but no threads observed phase 0" in done.stderr
+        assert is_seen or json.loads(done.stdout.splitlines()[-1])["races"]
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["finite"] and not found["races"]
+    assert found["error"] <= 1e-4 * max(1.0, found["largest"])
+
+
+def test_hopper_refusals_name_everything_at_once() -> None:
+    found = "; ".join(hopper.grouped_refusals(jnp.zeros((4, 72), jnp.float32), 100))
+    for named in ("rows of float32", "shared width 72 is no multiple of 64", "width out 100 is a multiple of none"):
+        assert named in found

@@ -74,16 +74,32 @@ def test_tables_hold_shares_of_the_same_run_and_what_was_not_run() -> None:
         "host_ms": {"16": {"step": {"median": 2.0}, "host": {"median": 0.25}, "rate": rate}},
         "device_ms": {"512": {"median": 9.0} | rate},
     }
+    life = {
+        "tokens_s": {"1": 100.0, "16": 900.0}, "serving_s": 4.0, "ready_s": 9.0, "compiled": 0, "programs": 21,
+        "compiled_after_ready": 0, "peak_gib": 100.0, "limit_gib": 126.0, "fraction": "0.9",
+    }
+    large = {
+        "op": "paged_decode", "implementation": "mosaic_gpu", "codes": None, "case": {"rows": 16, "context": 2048},
+    }
     table = kernels_gpu.report([
         (part("ceilings", "ceilings"), {"device": "NVIDIA H200", "copy_gb_s": 4000.0, "matmul_tflop_s": 700.0}),
         (part("numerics", "n"), {"error": 0.001, "finite": True}),
         (part("speed", "s"), {"ms": 0.5, "gb_s": 3600.0, "tflop_s": 70.0}),
         (part("speed", "t"), {"error": "Traceback\nRuntimeError: no | such"}),
+        (Part(kind="speed", name="u", given=large), {"ms": 0.5, "gb_s": 3600.0, "tflop_s": 70.0}),
+        (Part(kind="speed", name="v", given=large), {"ms": 0.6, "gb_s": 3300.0, "tflop_s": 60.0}),
         (part("step", "m"), step),
+        (part("gap", "g"), step | {"profile_ms": {"16 rows": {"layers": {"mlp": 1.25}, "sample": {"x": 0.5}}}}),
+        (part("life", "w"), life),
+        (part("life", "h"), {"tokens_s": {"1": 30.0}}),
     ])
     assert "device NVIDIA H200; copy_gb_s 4000" in table
     assert "| n | 0.001 | True |" in table
-    assert "| s | 0.5 | 3600 | 90% | 70 | 10% |" in table
+    assert "| s | 0.5 | 3600 | 90% | 70 | 10% |  |" in table
+    assert "| u | 0.5 | 3600 | 90% | 70 | 10% | 85%: met |" in table and "85%: missed |" in table
+    assert "| g | 16 rows | 2 | 1.75 | 0.25 |" in table
+    assert "| w | 4 | 9 | 0 of 21, 0 after ready | 1: 100, 16: 900 | 100.0 of 126.0 (fraction 0.9) |" in table
+    assert "| h |  |  |  | 1: 30 |  |" in table
     assert "| t | not run: RuntimeError: no / such |" in table
     products = kernels_gpu.report([
         (part("product_speed", "p"), {"ms": 0.5, "gb_s": 3600.0, "tflop_s": 70.0, "bf16 ms": 1.5, "times bf16": 3.0}),
@@ -104,4 +120,19 @@ def test_the_list_needs_neither_server_nor_gpu(tmp_path: Path) -> None:
     step = next(part for part in kernels_gpu.parts() if part.kind == "step" and not part.given["has_buffers"])
     words, own = kernels_gpu.command(step, tmp_path)
     assert kernels_gpu.NO_COMMAND_BUFFERS in own["XLA_FLAGS"] and "--attention-backend" in words
+    code = "import sys, scripts.gpu_life; print(sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=60, check=True,
+    )
+    for absent in ("msgspec", "tokenizers", "jinja2", "fastapi", "transformers"):     # an engine needs none of them
+        assert f"'{absent}'" not in done.stdout
+    lives = [part for part in kernels_gpu.parts() if part.kind == "life"]
+    for kept, part in zip((0, 1, 2), lives, strict=False):      # what a start finds of the one before
+        for old in ("life-SmolLM2-135M", "choices-SmolLM2-135M"):
+            (tmp_path / old / "left").mkdir(parents=True, exist_ok=True)
+        words, own = kernels_gpu.command(part, tmp_path)
+        assert len(list(tmp_path.glob("*/left"))) == kept, part.name
+        assert "smollm2-135m.yaml" in words and str(tmp_path / "choices-SmolLM2-135M") in own["XLA_FLAGS"]
+        assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in own
     assert json.loads((tmp_path / step.given["model"] / "config.json").read_text())["architectures"]

@@ -46,6 +46,13 @@ def test_kernel_equals_the_reference_without_a_race(op: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("op", OPS)
+def test_random_steps_equal_the_reference_without_a_race(op: str, seed: int) -> None:
+    test_kernel_equals_the_reference_without_a_race(op, f"random-{seed}")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "name"), BROKEN)
 def test_the_check_sees_planted_bugs(op: str, name: str) -> None:
     done = simulate(op, name)
