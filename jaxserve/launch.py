@@ -166,10 +166,8 @@ def build_engine(
         runner.compile_serving_set(progress, None if member is None else lambda: member.least("compiled"))
     scheduler = replace(config.scheduler, max_num_seqs=setup.shape.row_count)
     port = runner if member is None else _led(runner, member)
-    loop = EngineLoop(
-        port, config=scheduler, cache=config.cache, clock=MonotonicClock(),
-        speculation=_speculation(config, port) if drafting is not None else None,
-    )
+    speculation = _speculation(config, port) if drafting is not None else None
+    loop = EngineLoop(port, config=scheduler, cache=config.cache, clock=MonotonicClock(), speculation=speculation)
     report = _report(config, setup, runner, dtype, seconds, weights, draft_weights)
     return LocalEngine(
         loop=loop, runner=runner, info=_info(config, spec, setup, dtype), folder=folder, report=report,

@@ -150,14 +150,9 @@ exit:
 """
 
 
-def _chunk() -> str:
-    """@NAME_chunk: chunk = group of items * K + kv head."""
-    settings = joined([
-        f"  %{name}_at = getelementptr i32, ptr %settings, i64 {index}\n"
-        f"  %{name}_short = load i32, ptr %{name}_at\n"
-        f"  %{name} = sext i32 %{name}_short to i64" for index, name in enumerate(SETTINGS)
-    ])
-    begin = f"""  %note = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %n
+def _begin_item() -> str:
+    """The states of item %n of the chunk, which follow those of the items before it."""
+    return f"""  %note = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %n
   %number_at = getelementptr i64, ptr %note, i64 {ITEM["number"][1]}
   %number = load i64, ptr %number_at
   %of_item_at = getelementptr i64, ptr %note, i64 {ITEM["queries"][1]}
@@ -174,6 +169,15 @@ def _chunk() -> str:
   %position = sext i32 %position_short to i64
   call void @attend_begin(ptr %out, ptr %own_states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token,
     i64 %position, i64 %of_item)"""
+
+
+def _chunk() -> str:
+    """@NAME_chunk: chunk = group of items * K + kv head."""
+    settings = joined([
+        f"  %{name}_at = getelementptr i32, ptr %settings, i64 {index}\n"
+        f"  %{name}_short = load i32, ptr %{name}_at\n"
+        f"  %{name} = sext i32 %{name}_short to i64" for index, name in enumerate(SETTINGS)
+    ])
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
 entry:
@@ -207,7 +211,7 @@ begin:
   %weights = alloca [{BATCH * BLOCK} x bfloat], align 64
   %states_bytes = mul i64 %queries, {STATE_BYTES}
   %states = alloca i8, i64 %states_bytes, align 64
-{loop("n", "0", "%item_count", 1, begin, "begin")}
+{loop("n", "0", "%item_count", 1, _begin_item(), "begin")}
   %first_block = and i64 %low, {-BLOCK}
 {loop("at", "%first_block", "%high", BLOCK, f"  call void @attend_block({BLOCK_OF_ITEMS})", "n_end")}
   call void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries)

@@ -66,19 +66,21 @@ no:
 """
 
 
-def _runs() -> str:
-    """@attend_block: a block for all items of a chunk, run by run: those one after the other that share its pages."""
-
-    def item(name: str, of: str) -> str:
-        return joined([f"  %{name}_item = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 {of}"] + [
-            f"  %{name}_{field}_at = getelementptr i64, ptr %{name}_item, i64 {word}\n"
-            f"  %{name}_{field} = load {kind}, ptr %{name}_{field}_at" for field, (kind, word) in ITEM.items()
-        ])
-
-    def sees(name: str) -> str:
-        return f"""  %{name}_before_end = icmp slt i64 %at, %{name}_high
+def _item(name: str, of: str) -> str:
+    """IR of what is noted of item number `of` (%NAME_table and so on) and whether it sees the block (%NAME_sees)."""
+    fields = joined([
+        f"  %{name}_{field}_at = getelementptr i64, ptr %{name}_item, i64 {word}\n"
+        f"  %{name}_{field} = load {kind}, ptr %{name}_{field}_at" for field, (kind, word) in ITEM.items()
+    ])
+    return f"""  %{name}_item = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 {of}
+{fields}
+  %{name}_before_end = icmp slt i64 %at, %{name}_high
   %{name}_after_low = icmp sgt i64 %at_past, %{name}_low
   %{name}_sees = and i1 %{name}_before_end, %{name}_after_low"""
+
+
+def _runs() -> str:
+    """@attend_block: a block for all items of a chunk, run by run: those one after the other that share its pages."""
 
     grown = {"low": "smin", "high": "smax", "first_end": "smin", "last_low": "smax"}
     first = joined([
@@ -103,8 +105,7 @@ each:
   %some = icmp slt i64 %i, %item_count
   br i1 %some, label %look, label %exit
 look:
-{item("i", "%i")}
-{sees("i")}
+{_item("i", "%i")}
   br i1 %i_sees, label %begin, label %skip
 skip:
   %i_next = add i64 %i, 1
@@ -121,8 +122,7 @@ extend:
   %has_more = icmp slt i64 %j, %item_count
   br i1 %has_more, label %candidate, label %end_run
 candidate:
-{item("j", "%j")}
-{sees("j")}
+{_item("j", "%j")}
   br i1 %j_sees, label %compare, label %end_run
 compare:
   %is_same = call i1 @attend_same(ptr %i_table, ptr %j_table, i64 %S, i64 %M, i64 %at)
