@@ -87,10 +87,7 @@ entry:
 
 
 def _run() -> str:
-    """@attend_run: a block of a run of items that keep it in the same pages: fills the buffers, then takes batches.
-
-    One by one where what some do not see is not finite.
-    """
+    """@attend_run: a block for items with the same pages of it: fills the buffers, then takes batches of queries."""
     source = SOURCE.removeprefix("ptr %pages, ")
     own = source.replace("%low", "%low_first").replace("%high", "%end_first")
     return f"""

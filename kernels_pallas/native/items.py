@@ -83,9 +83,7 @@ def _runs() -> str:
     """@attend_block: a block for all items of a chunk, run by run: those one after the other that share its pages."""
 
     grown = {"low": "smin", "high": "smax", "first_end": "smin", "last_low": "smax"}
-    first = joined([
-        f"  %run_{name} = phi i64 [%i_{name}, %begin], [%grown_{name}, %take]" for name in grown
-    ])
+    first = joined([f"  %run_{name} = phi i64 [%i_{name}, %begin], [%grown_{name}, %take]" for name in grown])
     more = joined([
         f"  %grown_{name} = call i64 @llvm.{how}.i64(i64 %run_{name}, i64 %j_{name})" for name, how in grown.items()
     ])
@@ -142,24 +140,32 @@ exit:
 """
 
 
+def _arguments() -> str:
+    """IR of %row, %position and %size of item number %item."""
+    return joined([
+        f"  %{name}_at = getelementptr i32, ptr %{name}s, i64 %item\n"
+        f"  %{name}_short = load i32, ptr %{name}_at\n"
+        f"  %{name} = sext i32 %{name}_short to i64" for name in ("row", "position", "size")
+    ])
+
+
+def _note() -> str:
+    """IR that notes an item at %note."""
+    values = {
+        "table": "%table", "query": "%queries", "queries": "%size_queries", "low": "%low", "high": "%high",
+        "first_end": "%first_end", "last_low": "%last_low", "many": "%many", "number": "%item",
+    }
+    return joined([
+        f"  %{name}_to = getelementptr i64, ptr %note, i64 {ITEM[name][1]}\n"
+        f"  store {ITEM[name][0]} {value}, ptr %{name}_to" for name, value in values.items()
+    ])
+
+
 def _items() -> str:
     """@attend_items: notes a chunk's items (those of size 0 are padding).
 
     Returns how many, their queries, the end of the slots that some see, and the first of them.
     """
-    of_item = joined([
-        f"  %{name}_at = getelementptr i32, ptr %{name}s, i64 %item\n"
-        f"  %{name}_short = load i32, ptr %{name}_at\n"
-        f"  %{name} = sext i32 %{name}_short to i64" for name in ("row", "position", "size")
-    ])
-    values = {
-        "table": "%table", "query": "%queries", "queries": "%size_queries", "low": "%low", "high": "%high",
-        "first_end": "%first_end", "last_low": "%last_low", "many": "%many", "number": "%item",
-    }
-    notes = joined([
-        f"  %{name}_to = getelementptr i64, ptr %note, i64 {ITEM[name][1]}\n"
-        f"  store {ITEM[name][0]} {value}, ptr %{name}_to" for name, value in values.items()
-    ])
     return f"""
 define internal {{ i64, i64, i64, i64 }} @attend_items(
   ptr %pages, ptr %rows, ptr %positions, ptr %sizes, ptr %items, i64 %M, i64 %G, i64 %window, i64 %item_first,
@@ -176,7 +182,7 @@ each:
   %more = icmp slt i64 %item, %item_stop
   br i1 %more, label %look, label %exit
 look:
-{of_item}
+{_arguments()}
   %is_item = icmp sgt i64 %size, 0
   br i1 %is_item, label %note_it, label %next
 note_it:
@@ -191,7 +197,7 @@ note_it:
   %last_low = sub i64 %high, %window
   %is_many = icmp sgt i64 %size, 1
   %many = zext i1 %is_many to i64
-{notes}
+{_note()}
   %count_more = add i64 %count, 1
   %queries_more = add i64 %queries, %size_queries
   %highest_more = call i64 @llvm.smax.i64(i64 %highest, i64 %high)
