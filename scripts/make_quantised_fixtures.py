@@ -3,7 +3,7 @@
     python scripts/make_quantised_fixtures.py tests/fixtures/quantised [--only gptq …]
 
 Needs the environments of `make_quantized_checkpoints.py`; those whose tool is not installed are passed over and named.
-Each folder keeps the tool's config.json and model.safetensors as they were written, and reference.safetensors: a prompt
+Each folder keeps the tool's config.json and model.safetensors (but for a path) as they were written, and reference.safetensors: a prompt
 and transformers' float32 logits of the twin that the tool dequantised; where rows are rounded ("run"), also those of
 compressed-tensors' own float32 run of the packed checkpoint.
 """
@@ -92,6 +92,8 @@ def keep(made: Path, plain: Path, folder: Path) -> None:
     of_plain = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     reference = {"prompt": prompt.int(), "plain": of_plain(prompt[None]).logits[0].contiguous()}
     config = json.loads((made / "config.json").read_text())
+    config["quantization_config"].get("meta", {}).pop("offload_to_disk_path", None)     # a folder of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     groups = config["quantization_config"].get("config_groups", {}).values()
     if any(group["input_activations"] for group in groups):
         config["quantization_config"]["kv_cache_scheme"] = None     # the cache is another matter
