@@ -3,9 +3,9 @@
     python scripts/make_quantised_fixtures.py tests/fixtures/quantised [--only gptq …]
 
 Needs the environments of `make_quantized_checkpoints.py`; those whose tool is not installed are passed over and named.
-Each folder keeps the tool's config.json and model.safetensors (but for a path) as they were written, and reference.safetensors: a prompt
-and transformers' float32 logits of the twin that the tool dequantised; where rows are rounded ("run"), also those of
-compressed-tensors' own float32 run of the packed checkpoint.
+Each folder keeps the tool's config.json and model.safetensors as they were written (but for a path), and
+reference.safetensors: a prompt and transformers' float32 logits of the twin that the tool dequantised; where rows are
+rounded ("run"), also those of compressed-tensors' own float32 run of the packed checkpoint.
 """
 
 from __future__ import annotations
