@@ -38,7 +38,9 @@ from jaxserve.weights.files import StoredTensor
 from jaxserve.weights.rules import Assembly, Block
 from jaxserve.weights.shards import layouts
 
-KV_SCALES = (".k_scale", ".v_scale")     # of a cache in 8 bits, which here brings scales of its own
+# Of a cache in 8 bits, one for all tokens, by three generations of tools. Not needed: `--kv-cache-dtype` measures a
+# scale for every token and head.
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
 
 class PackedMatrix:

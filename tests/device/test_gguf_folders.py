@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,92 +20,23 @@ from jaxserve.quantization.packing import is_packed
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import format_of
 from jaxserve.weights.loader import load_params
-from jaxserve.weights.safetensors import write_file
 from jaxserve.weights.source import locate
-from tests.device.packed_folders import CONFIG, HEAD_DIM, HEADS, KV_HEADS, LAYERS, MATRICES, VOCAB, WIDTH
+from tests.device.gguf_folders import write_folders
+from tests.device.packed_folders import VOCAB, WIDTH
 from tests.device.test_quantised_checkpoints import answers, logits
-
-NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def as_converted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows as llama.cpp's converter leaves them: row r of a head's first half, then row r of its second."""
-    rows = []
-    for head in range(heads):
-        for pair in range(HEAD_DIM // 2):
-            rows += [head * HEAD_DIM + pair, head * HEAD_DIM + HEAD_DIM // 2 + pair]
-    return weight[rows]
-
-
-def write_folders(
-    folder: Path, kind: Type | None, last: Type | None = None, others: Mapping[str, Type] | None = None
-) -> tuple[Path, Path]:
-    """One with a GGUF file, one with safetensors of what the gguf package says that the file holds.
-
-    Args:
-      last: how the last layer is packed, where it is otherwise.
-      others: how some matrices of every layer are packed, by GGUF's names.
-    """
-    rng, plain = np.random.default_rng(3), {}
-    into, beside = folder / "gguf", folder / "plain"
-    for path in (into, beside):
-        path.mkdir(parents=True)
-        (path / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
-    writer = gguf.GGUFWriter(into / "tiny.gguf", "llama")
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-
-    def add(name: str, stored: str, values: np.ndarray, heads: int | None = None) -> None:
-        ordered = values if heads is None else as_converted(values, heads)
-        used = last if last is not None and f".{LAYERS - 1}." in stored else kind
-        used = (others or {}).get(stored.split(".")[-2], used)
-        if used is None or values.ndim == 1:
-            writer.add_tensor(stored, ordered)
-            plain[name] = values
-            return
-        packed = gguf.quantize(ordered, used)
-        writer.add_tensor(stored, packed, raw_dtype=used)
-        # What a row becomes does not depend on the others.
-        plain[name] = gguf.dequantize(gguf.quantize(values, used), used)
-
-    add("model.embed_tokens.weight", "token_embd.weight", rng.normal(size=(VOCAB, WIDTH)).astype(np.float32))
-    add("model.norm.weight", "output_norm.weight", np.ones(WIDTH, np.float32))
-    for layer in range(LAYERS):
-        for norm, stored in (("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm")):
-            values = rng.uniform(0.5, 1.5, WIDTH).astype(np.float32)
-            add(f"model.layers.{layer}.{norm}.weight", f"blk.{layer}.{stored}.weight", values)
-        for part, shape in MATRICES.items():
-            values = rng.normal(size=shape).astype(np.float32) / 8
-            heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KV_HEADS}.get(part)
-            add(f"model.layers.{layer}.{part}.weight", f"blk.{layer}.{NAMES[part]}.weight", values, heads)
-    writer.add_tensor("rope_freqs.weight", np.ones(HEAD_DIM // 2, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    write_file(beside / "model.safetensors", plain)
-    return into, beside
 
 
 def loaded(folder: Path, scheme: GgufScheme | None) -> Any:
     return load_params(read_spec(folder), folder, make_mesh(jax.devices()[:1]), jnp.float32, scheme=scheme)
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in (Type.Q4_0, Type.Q5_0, Type.Q5_1)]
-
-
-@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q8_0, None, *SLOW])
-def test_logits_are_those_of_the_plain_weights(kind: Type | None, tmp_path: Path) -> None:
-    packed, beside = write_folders(tmp_path, kind)
-    assert format_of(packed) == "gguf"
-    params = loaded(packed, GgufScheme())
-    leaves = jax.tree.leaves(params, is_leaf=is_packed)
-    assert any(map(is_packed, leaves)) is (kind is not None)
-    found, expected = logits(packed, params), logits(beside, loaded(beside, None))
+def test_a_file_of_plain_matrices_has_the_logits_of_the_folder(tmp_path: Path) -> None:
+    """Packed ones: test_quantised_checkpoints.py."""
+    folder, beside = write_folders(tmp_path, None)
+    assert format_of(folder) == "gguf"
+    params = loaded(folder, GgufScheme())
+    assert not any(map(is_packed, jax.tree.leaves(params, is_leaf=is_packed)))
+    found, expected = logits(folder, params), logits(beside, loaded(beside, None))
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 

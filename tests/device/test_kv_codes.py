@@ -38,7 +38,8 @@ def scored(folder: Path, **options: Any) -> tuple[np.ndarray, list[tuple[int, ..
 
 
 @pytest.mark.parametrize(("folder", "asked", "limit", "limit_each"), [
-    (LLAMA, "int8", 0.04, 0.25), (LLAMA, "fp8", 0.2, 1.3), (GEMMA, "int8", 0.01, 0.04), (GEMMA, "fp8", 0.05, 0.25),
+    (LLAMA, "int8", 0.04, 0.25), (LLAMA, "fp8", 0.2, 1.3), (GEMMA, "int8", 0.01, 0.04),
+    (GEMMA, "fp8_e4m3", 0.05, 0.25),
 ], ids=["llama-int8", "llama-fp8", "gemma3-int8", "gemma3-fp8"])
 def test_logprobs_stay_close_and_pages_are_smaller(folder: Path, asked: str, limit: float, limit_each: float) -> None:
     """On average, and of every token. Gemma 3 has windows, hence two pools."""

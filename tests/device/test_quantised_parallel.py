@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from tests.device import test_gguf_folders
+from tests.device import gguf_folders, test_gguf_folders
 from tests.device.fixture_models import FIXTURES
 from tests.device.packed_folders import KINDS, write_folders
 
@@ -25,7 +25,9 @@ CASES = [{"prompt_token_ids": list(range(3 + i, 12 + 5 * i))} for i in range(3)]
 def measured(
     kind: str, sizes: tuple[int, ...], folder: Path, *, has_experts: bool = False
 ) -> dict[int, dict[str, Any]]:
-    packed, _ = write_folders(kind, folder, has_experts=has_experts)
+    packed, _ = (
+        write_folders(kind, folder, has_experts=True) if has_experts else gguf_folders.write_quantised(kind, folder)
+    )
     (packed / "reference.json").write_text(json.dumps({"cases": CASES}))
     return measured_folder(packed, sizes)
 
@@ -97,7 +99,7 @@ def test_mxfp4_experts_split_over_two_devices() -> None:
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 2, 4)])
 def test_parts_of_several_kinds_on_several_devices(sizes: tuple[int, ...], tmp_path: Path) -> None:
     """Four devices have a copy of a key and value head each."""
-    packed, _ = test_gguf_folders.write_folders(tmp_path, Type.Q4_1, others=test_gguf_folders.MIXED)
+    packed, _ = gguf_folders.write_folders(tmp_path, Type.Q4_1, others=test_gguf_folders.MIXED)
     (packed / "reference.json").write_text(json.dumps({"cases": CASES}))
     found = measured_folder(packed, sizes)
     assert_alike(found)
@@ -111,7 +113,7 @@ def test_mxfp4_experts_on_four_devices(*, whole_experts: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *gguf_folders.KINDS])
 def test_every_format_on_two_and_four_devices(kind: str, tmp_path: Path) -> None:
     assert_alike(measured(kind, (1, 2, 4), tmp_path))
 

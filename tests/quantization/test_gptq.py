@@ -82,12 +82,30 @@ def test_symmetric_zeros_of_version_1_are_the_middle() -> None:
         ({"bits": 5}, "bits 5"), ({"bits": None}, "bits None"), ({"bits": "4"}, "bits '4'"),
         ({"group_size": 0}, "group_size is 0"), ({"group_size": "x"}, "group_size is 'x'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"), ({"is_marlin_format": True}, "is_marlin"),
-        ({"dynamic": {"-:.*down.*": {}}}, "dynamic"), ({"rotation": "hadamard"}, "rotation"),
+        ({"dynamic": {".*down": {"adapter": "lora"}}}, "adapter = 'lora' of gptq's dynamic"),
+        ({"dynamic": {"+:.*down": {"bits": 5}}}, "bits 5 of gptq's dynamic"),
+        ({"dynamic": {"-:(": {}}}, r"'\(' in dynamic is no regular expression"), ({"rotation": "hadamard"}, "rotation"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused_by_name(changed: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
         GptqScheme.parse(config(**changed))
+
+
+def test_some_modules_have_settings_of_their_own() -> None:
+    """GPTQModel's rules: the first that matches counts, what it does not say is the checkpoint's."""
+    scheme = GptqScheme.parse(config(dynamic={
+        "-:.*router": {}, r"+:layers\.1\..*up": {"bits": 8}, r"layers\.1\.": {"group_size": INS, "sym": True}
+    }))
+    four, weight_of_4 = made(4, GROUP, version=1)
+    eight, weight_of_8 = made(8, GROUP, version=1)
+    wide, weight_wide = made(4, INS, version=1)
+    np.testing.assert_array_equal(scheme.codes("layers.0.up", four).dequantised(), weight_of_4)
+    np.testing.assert_array_equal(scheme.codes("layers.1.up", eight).dequantised(), weight_of_8)
+    np.testing.assert_array_equal(scheme.codes("layers.1.down", wide).dequantised(), weight_wide)
+    assert scheme.form("layers.1.up", eight).code == "int8"
+    with pytest.raises(WeightsError, match=r"layers\.2\.router is packed, but dynamic leaves it out by '\.\*router'"):
+        scheme.shape("layers.2.router", four)
 
 
 def test_unknown_settings_are_no_weights_errors() -> None:

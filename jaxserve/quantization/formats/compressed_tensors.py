@@ -43,6 +43,7 @@ HARMLESS = frozenset({
     "autoround_version", "iters", "nsamples", "seqlen", "lr", "bits", "data_type",
     "group_size", "sym", "act_bits", "act_data_type", "act_group_size", "act_sym", "act_dynamic", "packing_format",
     "batch_size", "low_gpu_mem_usage", "enable_quanted_input", "block_name_to_quantize", "gradient_accumulate_steps",
+    "static_kv_granularity", "static_attention_granularity",
 })
 
 
