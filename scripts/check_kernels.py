@@ -153,7 +153,7 @@ def reports(folder: str) -> Iterator[tuple[str, int, int, int]]:
         registers = re.search(r"Used (\d+) registers", said)
         if registers is None:
             raise RuntimeError(f"ptxas did not report the registers of {report.stem}: {said}")
-        spilled = max(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
+        spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", said)), default=0)
         resources = report.with_suffix(".resources.txt").read_text()
         shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
         assert shared is not None, resources

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from jaxserve.core.config import QuantizationBackend
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import LatentAttention, ModelSpec, MoeMlp
 from kernels_pallas import lanes
@@ -140,9 +141,13 @@ def smallest_size(spec: ModelSpec, *, itemsize: int, is_cpu: bool, batch_invaria
     return 1 if _is_linear(spec) else 2
 
 
-def skips_padding(spec: ModelSpec, *, itemsize: int, is_cpu: bool) -> bool:
-    """Whether all large products of a step are native ones, which leave rows of zeros at the end out."""
-    return is_cpu and itemsize == 2 and _is_linear(spec) and not native.refusals()
+def skips_padding(spec: ModelSpec, *, itemsize: int, is_cpu: bool, products: QuantizationBackend = "auto") -> bool:
+    """Whether a step's large products are native ones, which leave rows of zeros at the end out.
+
+    Args:
+      products: who multiplies packed weights; another one by name multiplies padding, too.
+    """
+    return is_cpu and itemsize == 2 and _is_linear(spec) and products in ("auto", "native") and not native.refusals()
 
 
 def _is_linear(spec: ModelSpec) -> bool:

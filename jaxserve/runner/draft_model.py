@@ -72,7 +72,7 @@ class DraftModel(ProgramSet):
                 write_drafts, model=self._model, tree=self._tree, layout=layout, vocab_size=self._setup.shape.vocab_size
             ),
             (self._abstract(self._flat), self._kv, self._tables, self._array(count, layout.size)),
-            (self._kv, 0), donated=(1,), closes_over=(layout, count),
+            (self._kv, 0), donated=(1,), closes_over=(layout, count, self._setup.shape.vocab_size),
         )
 
     def single_programs(self) -> tuple[Program, Program]:

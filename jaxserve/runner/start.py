@@ -22,6 +22,7 @@ from jaxserve.core.config import EngineConfig
 from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import KvGroupShape, RunnerShape
+from jaxserve.quantization.packing import is_packed
 from jaxserve.runner import rows
 from jaxserve.runner.buckets import Buckets, choose_buckets, skips_padding, smallest_size
 from jaxserve.runner.build import temporary_bytes
@@ -116,7 +117,9 @@ def settle(
     buckets = functools.partial(
         choose_buckets, rows_max=samples_max or row_count, size_min=size_min, is_cpu=is_cpu,
         is_eager=config.compilation.enforce_eager,
-        skips_padding=skips_padding(spec, itemsize=itemsize, is_cpu=is_cpu),
+        skips_padding=skips_padding(
+            spec, itemsize=itemsize, is_cpu=is_cpu, products=config.compilation.quantization_backend
+        ),
     )
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
@@ -237,6 +240,11 @@ def check_backends(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
     """Raises ConfigError where an implementation asked for cannot serve a layer here: traces a step, compiles none."""
     if setup.attention is None and setup.products is None:
         return
+    leaves = jax.tree.leaves((params, draft_params), is_leaf=is_packed)
+    if setup.products is not None and not any(map(_is_multiplied, leaves)):
+        raise ConfigError(
+            f"quantization-backend {setup.products}: the model has no packed matrix (experts are XLA's); leave it away"
+        )
     tokens = setup.buckets.tokens[0]
     programs = list(ProgramSet(setup, params).forward(tokens))
     if setup.draft is not None:
@@ -249,6 +257,11 @@ def check_backends(setup: RunnerSetup, params: Any, draft_params: Any) -> None:
         is_product = str(error).startswith(PRODUCTS)
         flag, asked = ("quantization", setup.products) if is_product else ("attention", setup.attention)
         raise ConfigError(f"{flag}-backend {asked}: {error} auto takes one that serves.") from error
+
+
+def _is_multiplied(leaf: Any) -> bool:
+    """Whether a parameter is a packed matrix of a linear layer."""
+    return is_packed(leaf) and len(leaf.shape) == 2
 
 
 def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> int:

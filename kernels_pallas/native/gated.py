@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from kernels_pallas.native import dot
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
-from kernels_pallas.native.vectors import LANES, LOG2_E, broadcast, splat
+from kernels_pallas.native.vectors import LANES, LOG2_E, POWER_MIN, broadcast, splat
 
 NAME = "jaxserve_gated"
 VECTOR = "<16 x float>"
@@ -30,7 +30,7 @@ def _activated() -> str:
     """@gated_activated: a tile's 16 outputs of every row, from its products in %gates and %ups, [T, 16] each."""
     rounded = joined([
         f"  %{name}_from = getelementptr float, ptr %{name}s, i64 %item\n"
-        f"  %{name}_long = load {VECTOR}, ptr %{name}_from, align 64\n"
+        f"  %{name}_long = load {VECTOR}, ptr %{name}_from, align 4\n"
         f"  %{name}_short = fptrunc {VECTOR} %{name}_long to <16 x bfloat>\n"
         f"  %{name} = fpext <16 x bfloat> %{name}_short to {VECTOR}" for name in ("gate", "up")
     ])
@@ -44,9 +44,11 @@ def _activated() -> str:
   %size = call {VECTOR} @llvm.fabs.v16f32({VECTOR} %angle)
   %fall = fmul {VECTOR} %size, {splat(-LOG2_E).removeprefix(VECTOR + " ")}
   %power = call {VECTOR} @power({VECTOR} %fall)
+  %is_nothing = fcmp ole {VECTOR} %fall, {splat(POWER_MIN).removeprefix(VECTOR + " ")}
+  %fallen = select <16 x i1> %is_nothing, {VECTOR} zeroinitializer, {VECTOR} %power     ; times a gate of -1e38
   %divisor = fadd {VECTOR} %power, {splat(1.0).removeprefix(VECTOR + " ")}
   %is_negative = fcmp olt {VECTOR} %angle, zeroinitializer
-  %part = select <16 x i1> %is_negative, {VECTOR} %power, {splat(1.0)}
+  %part = select <16 x i1> %is_negative, {VECTOR} %fallen, {splat(1.0)}
   %sigmoid = fdiv {VECTOR} %part, %divisor
   %act = fmul {VECTOR} %gate, %sigmoid
   %result = fmul {VECTOR} %act, %up

@@ -33,6 +33,11 @@ def test_what_cannot_serve_is_refused_at_start_by_its_own_reasons(quantization: 
         scored(LLAMA, quantization=quantization, quantization_backend=backend)
 
 
+def test_a_backend_for_products_that_are_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantization-backend xla: the model has no packed matrix .* leave it away"):
+        scored(LLAMA, quantization_backend="xla")
+
+
 @pytest.mark.parametrize(("activations", "groups"), [("token", 1), ("token", 2), ("static", 1), ("group", 2)])
 def test_floats_of_8_bits_on_both_sides_are_the_unpacked_product(
     activations: str, groups: int, monkeypatch: pytest.MonkeyPatch

@@ -103,6 +103,7 @@ def test_where_products_leave_padding_out_fewer_sizes_do():
 
     assert buckets_of(256, 16, skips_padding=True).tokens == (1, 6, 16, 32, 64, 128, 256)
     assert skips_padding(tiny_spec(), itemsize=2, is_cpu=True) == (not native.refusals())
+    assert not skips_padding(tiny_spec(), itemsize=2, is_cpu=True, products="xla")
     assert not skips_padding(tiny_spec(), itemsize=4, is_cpu=True)
     assert not skips_padding(tiny_spec(), itemsize=2, is_cpu=False)
 
