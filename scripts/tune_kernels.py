@@ -16,11 +16,9 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,9 +30,9 @@ from kernels_pallas.hopper import Blocks
 from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
 from kernels_pallas.shapes import head_shape
 from scripts.bench_kernels import CASES, call_of
-from scripts.device_timing import chained_ms, evidence, in_process
+from scripts.device_timing import chained_ms
+from scripts.tuning import add_options, tune
 
-ROOT = Path(__file__).parents[1]
 OPS = ("paged_decode", "paged_prefill")
 CODES = "float8_e4m3fn"      # of quantised trials; int8 has blocks of the same bytes
 # Timed: a geometry a head dimension, at the sizes that servers meet.
@@ -152,20 +150,7 @@ def main() -> int:
     if (why := hopper.environment_refusals()):
         print(f"nothing to tune here: {'; '.join(why)}", file=sys.stderr)
         return 2
-    said = evidence()
-    for op in options.op:
-        results = []
-        for trial in (one for one in todo if one.op == op):
-            found = in_process(
-                [str(Path(__file__)), "--trial", json.dumps(dataclasses.asdict(trial))], timeout_s=options.timeout,
-                environment=os.environ | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            )
-            print(f"{trial.name}: {found}", flush=True)
-            results.append((trial, found))
-        file = options.output / hopper.tuned_file(said["device"], op)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record(results, said), indent=1) + "\n", encoding="utf-8")
-        print(f"written: {file}")
+    tune(__file__, options, todo, record)
     return 0
 
 
@@ -174,10 +159,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS))
     parser.add_argument("--head-dim", type=int, choices=hopper.HEAD_DIMS, nargs="+", default=list(hopper.HEAD_DIMS))
     parser.add_argument("--page", type=int, choices=hopper.PAGE_SIZES, nargs="+", default=[16])
-    parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="of one trial")
-    parser.add_argument("--output", type=Path, default=ROOT / "kernels_pallas", help="folder that gets tuned/")
-    parser.add_argument("--dry-run", action="store_true", help="print the trials and measure nothing")
-    parser.add_argument("--trial", metavar="JSON", help="run this one trial here (used by the run itself)")
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,10 +27,10 @@ from kernels_pallas import hopper
 from kernels_pallas.hopper import Tiles
 from kernels_pallas.quantized_matmul import sizes
 from scripts.bench_kernels import CASES, call_of
-from scripts.device_timing import chained_ms, evidence, in_process
+from scripts.device_timing import chained_ms
 from scripts.gpu_parts import narrowed
+from scripts.tuning import add_options, tune
 
-ROOT = Path(__file__).parents[1]
 OPS = ("quantized_matmul", "eight_bit_matmul")
 CALLS = 20
 ERROR_MAX = 0.02             # beside XLA's form, of its largest number
@@ -122,20 +120,7 @@ def main() -> int:
     if (why := hopper.environment_refusals()):
         print(f"nothing to tune here: {'; '.join(why)}", file=sys.stderr)
         return 2
-    said = evidence()
-    for op in options.op:
-        results = []
-        for trial in (one for one in todo if one.op == op):
-            found = in_process(
-                [str(Path(__file__)), "--trial", json.dumps(dataclasses.asdict(trial))], timeout_s=options.timeout,
-                environment=os.environ | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            )
-            print(f"{trial.name}: {found}", flush=True)
-            results.append((trial, found))
-        file = options.output / hopper.tuned_file(said["device"], op)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(record(results, said), indent=1) + "\n", encoding="utf-8")
-        print(f"written: {file}")
+    tune(__file__, options, todo, record)
     return 0
 
 
@@ -143,10 +128,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=OPS, nargs="+", default=list(OPS))
     parser.add_argument("--match", default="", help="only cases with this in their name")
-    parser.add_argument("--timeout", type=float, default=180.0, metavar="S", help="of one trial")
-    parser.add_argument("--output", type=Path, default=ROOT / "kernels_pallas", help="folder that gets tuned/")
-    parser.add_argument("--dry-run", action="store_true", help="print the trials and measure nothing")
-    parser.add_argument("--trial", metavar="JSON", help="run this one trial here (used by the run itself)")
+    add_options(parser)
     return parser.parse_args()
 
 
