@@ -13,7 +13,7 @@ integers, so a row's result does not depend on the rows beside it; a row that li
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxserve.quantization import multiplier
 from jaxserve.quantization.codes import Host, IntCodes
 from jaxserve.quantization.packed import Cut
 from jaxserve.quantization.qtensor import QTensor
@@ -43,12 +42,13 @@ CHUNK_BYTES = 4 << 20           # of float32 rows quantised at once
 class Int8Tensor(QTensor):
     """Attributes:
     codes_OI: int8.  scale_O: float32.
-    input_scale: float32 [1], of all rows, or None.
+    input_scale: float32 [1], of all rows, or None.  implementation: who multiplies, see `packing.multiplied_by`.
     """
 
     codes_OI: Array
     scale_O: Array
     input_scale: Array | None = None
+    implementation: str | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,14 +57,15 @@ class Int8Tensor(QTensor):
 
     def matmul(self, x_TI: Array, axis: str | None = None) -> Array:
         codes_TI, scale_T1 = quantise(x_TI.astype(jnp.float32), self.input_scale, axis)
-        return self._scaled(int8_dot(codes_TI, self.codes_OI), scale_T1)
+        return self._scaled(int8_dot(codes_TI, self.codes_OI, self.implementation), scale_T1)
 
     def matmul_total(self, x_TI: Array, axis: str, dtype: DTypeLike) -> Array:
         """In float32 the integers are added up, which take no more room: so many devices give what one gives."""
         if dtype != jnp.float32:
             return collectives.total(self.matmul(x_TI, axis), axis, dtype)
         codes_TI, scale_T1 = quantise(x_TI.astype(jnp.float32), self.input_scale, axis)
-        return self._scaled(collectives.total(int8_dot(codes_TI, self.codes_OI), axis, jnp.int32), scale_T1)
+        sum_TO = int8_dot(codes_TI, self.codes_OI, self.implementation)
+        return self._scaled(collectives.total(sum_TO, axis, jnp.int32), scale_T1)
 
     def _scaled(self, sum_TO: Array, scale_T1: Array) -> Array:
         return sum_TO.astype(jnp.float32) * scale_T1 * self.scale_O
@@ -83,10 +84,10 @@ def quantise(x_TI: Array, scale: Array | None = None, axis: str | None = None) -
     return jnp.round(x_TI / scale_T1).astype(jnp.int8), scale_T1
 
 
-def int8_dot(x_TI: Array, weight_OI: Array) -> Array:
+def int8_dot(x_TI: Array, weight_OI: Array, implementation: str | None = None) -> Array:
     """x · weightᵀ of int8 in int32, exact."""
-    if (asked := multiplier.asked()) is not None:
-        return eight_bit_matmul(x_TI, weight_OI, implementation=asked)
+    if implementation is not None:
+        return eight_bit_matmul(x_TI, weight_OI, implementation=implementation)
     if native.serves_int8(*weight_OI.shape):
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=native.matmul_int8, default=_dot)
     if x_TI.shape[0] <= ROWS_MAX:

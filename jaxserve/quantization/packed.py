@@ -20,7 +20,6 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxserve.quantization import multiplier
 from jaxserve.quantization.codes import (
     Activations,
     FloatCodes,
@@ -61,7 +60,7 @@ class PackedTensor(QTensor):
     """Attributes:
     weight: codes and what they stand for.  order_I: int32, the input of each column, or None.
     input_scale: float32 [1] of "static" activations, or None.  sparse: what is added, or None.
-    activations: how rows are rounded.
+    activations: how rows are rounded.  implementation: who multiplies, see `packing.multiplied_by`.
     """
 
     weight: PackedWeight
@@ -69,6 +68,7 @@ class PackedTensor(QTensor):
     input_scale: Array | None = None
     sparse: Sparse | None = None
     activations: Activations = field(default="none", metadata={"static": True})
+    implementation: str | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class PackedTensor(QTensor):
         return y_TO.at[:, self.sparse.row_N].add(x_TN * self.sparse.value_N)
 
     def _product(self, x_TI: Array, axis: str | None) -> Array:
-        asked = multiplier.asked()
+        asked = self.implementation
         if asked == "mosaic_gpu" and self.weight.code == "fp8" and self.activations != "none":
             return self._in_eight_bits(x_TI, axis, asked)
         rounded_TI, scale = self.rounded(x_TI, axis)

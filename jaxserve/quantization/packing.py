@@ -6,13 +6,15 @@ Invariant: the packed tree has the paths of the plain one; a packed matrix is on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from jaxserve.quantization import int8, joined, packed
 from jaxserve.quantization.codes import Form
+from jaxserve.quantization.int8 import Int8Tensor
+from jaxserve.quantization.packed import PackedTensor
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.sharding.split import Runs
 
@@ -59,6 +61,19 @@ def applied(abstract: Any, packing: Packing | None) -> Any:
         return abstract
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: packing[name].abstract(leaf) if (name := path_of(path)) in packing else leaf, abstract
+    )
+
+
+def multiplied_by(params: Any, implementation: str | None) -> Any:
+    """The tree whose packed matrices ask for this implementation (`--quantization-backend`); None: any that serves.
+
+    It is a part of the tree's structure, so that what was traced for one is never used for another.
+    """
+    def asks(node: Any) -> bool:
+        return isinstance(node, PackedTensor | Int8Tensor)
+
+    return jax.tree.map(
+        lambda node: replace(node, implementation=implementation) if asks(node) else node, params, is_leaf=asks
     )
 
 

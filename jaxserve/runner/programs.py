@@ -18,7 +18,7 @@ from jaxserve.core.plan import RunnerShape
 from jaxserve.layers import paged
 from jaxserve.layers.context import LayerKv
 from jaxserve.models.decoder import Decoder
-from jaxserve.quantization import multiplier
+from jaxserve.quantization.packing import multiplied_by
 from jaxserve.quantization.qtensor import QTensor
 from jaxserve.runner import kv_cache, rows
 from jaxserve.runner.compile import Program
@@ -42,7 +42,7 @@ class ProgramSet:
         self._setup = setup
         attend = functools.partial(paged.attend, implementation=setup.attention)
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype, attend=attend, experts=setup.experts)
-        params = self._abstract(params)
+        params = multiplied_by(self._abstract(params), setup.products)
         self.segments = cut(setup.spec, params)
         self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
         nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, QTensor))
@@ -194,13 +194,11 @@ class ProgramSet:
         setup = self._setup
         placements = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or setup.replicated, results)
         return Program(
-            name=name, function=on_each_device(
-                functools.partial(_multiplied_by, setup.products, function), setup.mesh, arguments, placements
-            ),
+            name=name, function=on_each_device(function, setup.mesh, arguments, placements),
             arguments=arguments, donated=donated, results=placements,
             identity=" ".join(map(str, (
-                repr(setup.spec), setup.dtype, setup.kv_codes, setup.attention, setup.products, self._tree,
-                self._kernels, repr(closes_over),
+                repr(setup.spec), setup.dtype, setup.kv_codes, setup.attention, self._tree, self._kernels,
+                repr(closes_over),
             ))),
         )
 
@@ -228,12 +226,6 @@ def on_each_device(function: Any, mesh: jax.sharding.Mesh, arguments: Any, place
     return jax.shard_map(
         function, mesh=mesh, in_specs=specs, out_specs=jax.tree.map(lambda leaf: leaf.spec, placements), check_vma=False
     )
-
-
-def _multiplied_by(implementation: str | None, function: Any, *arguments: Any) -> Any:
-    """`function`, whose packed weights are multiplied by this implementation."""
-    with multiplier.multiplied_by(implementation):
-        return function(*arguments)
 
 
 def _on_tree(function: Any, tree: Any, leaves: Any, *arguments: Any, **closed_over: Any) -> Any:

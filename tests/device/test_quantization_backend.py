@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxserve.core.errors import ConfigError
-from jaxserve.quantization import int8, multiplier, packed
+from jaxserve.quantization import int8, packed
 from jaxserve.quantization.packed import PackedTensor
+from jaxserve.quantization.packing import multiplied_by
 from kernels_pallas.eight_bit_matmul import eight_bit_matmul
 from kernels_pallas.quantized_matmul import PackedWeight
 from tests.device.fixture_models import FIXTURES
@@ -60,8 +61,7 @@ def test_floats_of_8_bits_on_both_sides_are_the_unpacked_product(
         return eight_bit_matmul(*arrays, implementation="reference")
 
     monkeypatch.setattr(packed, "eight_bit_matmul", specification)
-    with multiplier.multiplied_by("mosaic_gpu"):
-        found = tensor.matmul(x_TI)
+    found = multiplied_by(tensor, "mosaic_gpu").matmul(x_TI)
     assert asked == [("mosaic_gpu", jnp.float8_e4m3fn, jnp.float8_e4m3fn)]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4 * float(jnp.abs(expected).max()))
 
@@ -71,7 +71,6 @@ def test_integers_of_8_bits_are_exact_whoever_is_asked(monkeypatch: pytest.Monke
     x_TI, weight_OI = (jnp.asarray(rng.integers(-128, 128, (size, 256)), jnp.int8) for size in (5, 24))
     expected = np.asarray(x_TI, np.int64) @ np.asarray(weight_OI, np.int64).T
     for implementation in ("xla", "reference"):
-        with multiplier.multiplied_by(implementation):
-            np.testing.assert_array_equal(int8.int8_dot(x_TI, weight_OI), expected)
+        np.testing.assert_array_equal(int8.int8_dot(x_TI, weight_OI, implementation), expected)
     monkeypatch.setattr(int8, "eight_bit_matmul", functools.partial(pytest.fail, "not asked for"))
     np.testing.assert_array_equal(int8.int8_dot(x_TI, weight_OI), expected)
