@@ -22,6 +22,7 @@ SAMPLES = {
     "tensor-parallel-size": "1", "root-path": "/prefix", "max-num-batched-tokens": "4K", "hf-overrides": '{"a": 1}',
     "override-generation-config": '{"top_p": 0.5}', "kv-cache-memory-bytes": "1G", "port": "8001",
     "nnodes": "1", "node-rank": "0", "kv-cache-dtype": "int8", "attention-backend": "xla",
+    "quantization-backend": "xla",
 }
 OF_KIND = {"text": "word", "texts": "word", "int": "7", "length": "8K"}
 SWITCHES = [flag for flag in FLAGS if flag.kind == "bool"]
