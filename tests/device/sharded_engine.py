@@ -120,7 +120,10 @@ def whole_rows(runner: Any) -> dict[str, int]:
     for name, program in programs.items():
         shapes = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program.as_text())
         sizes = [tuple(int(part) for part in text.split(",")) for text in shapes]
-        found[name] = max(math.prod(size[: -len(of)]) for size in sizes for of in columns if size[-len(of) :] == of)
+        found[name] = max(
+            math.prod(size[: -len(of)]) for size in sizes for of in columns
+            if size[-len(of) :] == of and size != (setup.shape.slot_count, vocab)     # the bias of shaping slots
+        )
     return found
 
 
