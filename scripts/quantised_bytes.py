@@ -2,9 +2,10 @@
 
     python scripts/quantised_bytes.py FOLDER_OR_GGUF [...]
 
-Loads each model on one device in bfloat16 and counts its arrays. "Stored" are the packed modules' tensors as the files
-have them, "kept" the arrays that stand for the same modules, by what they are. Modules that are decoded while they
-are loaded are counted apart. Ends with status 1 where the arrays are not what was planned from the headers.
+Loads each model on one device in bfloat16 and counts its arrays. "Stored" are the tensors, as the files have them,
+of the modules that stay packed, "kept" the arrays that stand for them, by what they are. Parameters that are decoded
+while they are loaded are in neither; how many there are is the last column. Ends with status 1 where the arrays are
+not what was planned from the headers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jaxserve.quantization.packing import is_packed
 from jaxserve.sharding.mesh import make_mesh
 from jaxserve.weights.folder import format_of, read_folder
 from jaxserve.weights.loader import load_params, open_checkpoint
-from jaxserve.weights.packed import PackedMatrix, PackedStack, decoded_count, plan, with_packed
+from jaxserve.weights.packed import decoded_count, plan
 from jaxserve.weights.source import locate
 
 MB = 1e6
@@ -51,15 +52,12 @@ def row(name: str, folder: Path) -> str:
     scheme = find_scheme(folder, read_config(folder), is_gguf=format_of(folder) == "gguf")
     if scheme is None:
         raise SystemExit(f"{folder} is not quantised")
-    files = read_folder(folder)
-    modules = [
-        key.removesuffix(".weight") for key, tensor in with_packed(files, scheme).items()
-        if isinstance(tensor.data, PackedMatrix | PackedStack)
-    ]
+    assemblies, files = open_checkpoint(spec, folder, scheme=scheme), read_folder(folder)
+    packing = plan(spec, mesh, assemblies)
+    tensors = (block.tensor for assembly in assemblies if assembly.path in packing for block in assembly.blocks)
+    modules = dict.fromkeys(tensor.name.removesuffix(".weight") for tensor in tensors)
     names = [f"{module}{scheme.joint}{suffix}" for module in modules for suffix in scheme.suffixes]
     stored = sum(int(files[name].data.nbytes) for name in names if name in files)
-    assemblies = open_checkpoint(spec, folder, scheme=scheme)
-    packing = plan(spec, mesh, assemblies)
     kept = by_part(load_params(spec, folder, mesh, jnp.bfloat16, scheme=scheme))
     planned = by_part(abstract_params(spec, jnp.bfloat16, mesh, packing))
     if kept != planned:

@@ -31,6 +31,9 @@ def by_auto_round(model: Path, folder: Path, plain: Path, *, form: str, **settin
             target = plain if made.parent.name == "fake" else folder
             shutil.rmtree(target, ignore_errors=True)
             shutil.move(made.parent, target)
+    config = json.loads((plain / "config.json").read_text())
+    if config.pop("quantization_config", None):     # of schemes that round rows: transformers would ask for the tool
+        (plain / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def by_llm_compressor(
@@ -65,7 +68,10 @@ def by_llm_compressor(
 
 
 def by_gptqmodel(model: Path, folder: Path, plain: Path, **settings: Any) -> None:
-    """GPTQ itself, with a Hessian of some text; the twin is the weights of its own torch kernel."""
+    """GPTQ itself, with a Hessian of some text; the twin is the weights of its own torch kernel.
+
+    GPTQModel 7.7 does not start on less than three cores without GPTQMODEL_CPU_WORKERS=2 in the environment.
+    """
     import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from transformers import AutoTokenizer
