@@ -114,15 +114,19 @@ entry:
 """
 
 
-SOURCE = "ptr %pages, ptr %table, i64 %S, i64 %M, i64 %H, i64 %page_step, i64 %head_step, i64 %at, i64 %low, i64 %high"
+# A block begins at slot %at of %table; the one that is filled after it at slot %at_ahead of %table_ahead.
+SOURCE = (
+    "ptr %pages, ptr %table, i64 %S, i64 %M, i64 %H, i64 %page_step, i64 %head_step, i64 %at, i64 %low, i64 %high, "
+    "ptr %table_ahead, i64 %at_ahead"
+)
 
 
-def _page(when: str, at: str) -> str:
-    """Where the piece at slot `at` lies; past the table's end that of its last page."""
+def _page(when: str, at: str, table: str) -> str:
+    """Where the piece at slot `at` of a table lies; past the table's end that of its last page."""
     return f"""  %page_far_{when} = udiv i64 {at}, %S
   %page_last_{when} = sub i64 %M, 1
   %page_index_{when} = call i64 @llvm.smin.i64(i64 %page_far_{when}, i64 %page_last_{when})
-  %page_at_{when} = getelementptr i32, ptr %table, i64 %page_index_{when}
+  %page_at_{when} = getelementptr i32, ptr {table}, i64 %page_index_{when}
   %page_short_{when} = load i32, ptr %page_at_{when}
   %page_{when} = sext i32 %page_short_{when} to i64
   %slot_in_page_{when} = urem i64 {at}, %S
@@ -137,14 +141,14 @@ def _pieces(name: str, seen: str, unseen: str) -> str:
     """@NAME(SOURCE, to): the four pieces of the block at slot %at; those that nobody sees are not read."""
     body = f"""  %first = add i64 %at, %in_block
   %past = add i64 %first, {PIECE}
-  %later = add i64 %first, {BLOCK}
+  %later = add i64 %at_ahead, %in_block
   %is_before_high = icmp slt i64 %first, %high
   %is_after_low = icmp sgt i64 %past, %low
   %is_seen = and i1 %is_before_high, %is_after_low
   br i1 %is_seen, label %seen, label %unseen
 seen:
-{_page("now", "%first")}
-{_page("next", "%later")}
+{_page("now", "%first", "%table")}
+{_page("next", "%later", "%table_ahead")}
 {seen}
   br label %done
 unseen:

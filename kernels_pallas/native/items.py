@@ -1,7 +1,8 @@
 """Who of a chunk's items reads a block of context together: neighbours that keep it in the same pages.
 
 Sequences with a common beginning (a system prompt) share its pages. Filling a block's buffers takes about as long as
-what two queries do with it, so decode entries that lie side by side fill them once for all.
+what two queries do with it, so decode entries that lie side by side fill them once for all. Each run asks for the block
+of the next: of the items after it, or at last for the first item's next block.
 Invariant: an item meets the same blocks, in order, as it would alone.
 """
 
@@ -23,7 +24,8 @@ SHARED = (
     "i64 %H, i64 %page_step, i64 %head_step, i64 %at, i64 %window, float %scale_power"
 )
 RUN = SHARED + (
-    ", ptr %table, i64 %low, i64 %high, i64 %first_end, i64 %last_low, i1 %is_many, i64 %query_first, i64 %query_stop"
+    ", ptr %table, i64 %low, i64 %high, i64 %first_end, i64 %last_low, i1 %is_many, i64 %query_first, i64 %query_stop, "
+    "ptr %table_ahead, i64 %at_ahead"
 )
 BLOCK_OF_ITEMS = SHARED + ", ptr %items, i64 %item_count"
 
@@ -88,7 +90,7 @@ def _runs() -> str:
         f"  %grown_{name} = call i64 @llvm.{how}.i64(i64 %run_{name}, i64 %j_{name})" for name, how in grown.items()
     ])
     arguments = (
-        RUN.replace("ptr %table", "ptr %i_table")
+        RUN.replace("ptr %table,", "ptr %i_table,")
         .replace("i64 %query_first", "i64 %i_query").replace("i64 %query_stop", "i64 %run_stop")
     )
     for name in grown:
@@ -132,6 +134,12 @@ take:
   br label %extend
 end_run:
   %is_many = icmp ne i64 %run_many, 0
+  %has_next = icmp slt i64 %j, %item_count
+  %ahead = select i1 %has_next, i64 %j, i64 0
+  %ahead_item = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %ahead
+  %ahead_table_at = getelementptr i64, ptr %ahead_item, i64 {ITEM["table"][1]}
+  %table_ahead = load ptr, ptr %ahead_table_at
+  %at_ahead = select i1 %has_next, i64 %at, i64 %at_past
   call void @attend_run({arguments})
   br label %each
 exit:
