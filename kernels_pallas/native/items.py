@@ -81,6 +81,16 @@ def _item(name: str, of: str) -> str:
   %{name}_sees = and i1 %{name}_before_end, %{name}_after_low"""
 
 
+def _ahead() -> str:
+    """IR of %table_ahead and %at_ahead: what the run before item %j asks for, that item's block or the first's next."""
+    return f"""  %has_next = icmp slt i64 %j, %item_count
+  %ahead = select i1 %has_next, i64 %j, i64 0
+  %ahead_item = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %ahead
+  %ahead_table_at = getelementptr i64, ptr %ahead_item, i64 {ITEM["table"][1]}
+  %table_ahead = load ptr, ptr %ahead_table_at
+  %at_ahead = select i1 %has_next, i64 %at, i64 %at_past"""
+
+
 def _runs() -> str:
     """@attend_block: a block for all items of a chunk, run by run: those one after the other that share its pages."""
 
@@ -134,12 +144,7 @@ take:
   br label %extend
 end_run:
   %is_many = icmp ne i64 %run_many, 0
-  %has_next = icmp slt i64 %j, %item_count
-  %ahead = select i1 %has_next, i64 %j, i64 0
-  %ahead_item = getelementptr [{ITEM_WORDS} x i64], ptr %items, i64 %ahead
-  %ahead_table_at = getelementptr i64, ptr %ahead_item, i64 {ITEM["table"][1]}
-  %table_ahead = load ptr, ptr %ahead_table_at
-  %at_ahead = select i1 %has_next, i64 %at, i64 %at_past
+{_ahead()}
   call void @attend_run({arguments})
   br label %each
 exit:
