@@ -38,6 +38,7 @@ from jaxserve.engine.channel import (
     Submit,
     Up,
 )
+from jaxserve.engine.loop import EngineLoop
 from jaxserve.launch import LocalEngine, build_engine
 from jaxserve.logs import configure_logging
 from jaxserve.progress import ConsoleProgress
@@ -46,6 +47,7 @@ logger = logging.getLogger("jaxserve.engine")
 
 BEAT_S = 1.0   # an engine without outputs says it is alive this often
 STALL_S = 0.05  # how often to look whether the buckets that the waiting work needs are compiled by now
+HOLD_S = 0.005  # how often to look whether a step whose successor waits for newcomers has landed early
 
 LOST_S = 1.0    # another process's end may first show as a failed collective: the link to it says more, and ends this
 FAIL_S = 0.5    # for the last frame to reach the API process
@@ -140,7 +142,7 @@ def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.S
     told_s = 0.0
     while True:
         outputs: list[SequenceOutput] = []
-        wait_s = STALL_S if loop.is_stalled else 0.0 if loop.has_work else BEAT_S
+        wait_s = _wait_s(loop)
         try:
             message = inbox.get(timeout=wait_s) if wait_s else inbox.get_nowait()
             while True:
@@ -156,12 +158,19 @@ def _turn(engine: LocalEngine, inbox: queue.SimpleQueue[object], outbox: queue.S
                 message = inbox.get_nowait()
         except queue.Empty:
             pass
-        if loop.has_work:
+        if loop.has_work and not loop.hold_s:
             outputs += engine.step()
         now_s = time.monotonic()
         if outputs or now_s - told_s >= BEAT_S:
             outbox.put(Outputs(tuple(outputs), engine.stats))
             told_s = now_s
+
+
+def _wait_s(loop: EngineLoop) -> float:
+    """How long the channel may be waited for before the loop is looked at again."""
+    if loop.is_stalled:
+        return STALL_S
+    return min(loop.hold_s, HOLD_S) if loop.has_work else BEAT_S
 
 
 def _profile(engine: LocalEngine, folder: str | None) -> Profiled:

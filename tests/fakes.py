@@ -168,6 +168,10 @@ class FakePending:
     runner: FakeRunner
     step: _Step
 
+    @property
+    def has_landed(self) -> bool:
+        return self.runner.has_landed
+
     def result(self) -> StepResult:
         return self.runner.finish(self.step)
 
@@ -180,7 +184,7 @@ class FakeRunner:
       limits_now: what `limits` answers; tests let it grow.
       fail_launch, fail_result: plans whose launch or result runs out of memory.
       corrupts: whether a sequence (its admission) turns non-finite at a position; only sampled positions make sense.
-      plans: every plan launched, in order.  rebuild_count, cleared: calls of those methods.
+      plans: every plan launched, in order.  has_landed: what steps in flight answer.  rebuild_count, cleared: calls of those methods.
     """
 
     shape: RunnerShape = field(default_factory=make_shape)
@@ -192,6 +196,7 @@ class FakeRunner:
     cleared: list[tuple[int, int]] = field(default_factory=list)
     rebuild_count: int = 0
     is_closed: bool = False
+    has_landed: bool = False
     stats: RunnerStats = field(default_factory=RunnerStats)
 
     def __post_init__(self) -> None:

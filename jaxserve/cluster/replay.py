@@ -78,6 +78,10 @@ class _Pending:
     def __init__(self, pending: PendingStep) -> None:
         self._pending = pending
 
+    @property
+    def has_landed(self) -> bool:
+        return self._pending.has_landed
+
     def result(self) -> StepResult:
         with _for_all():
             return self._pending.result()

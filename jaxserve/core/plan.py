@@ -212,6 +212,11 @@ class StepLimits:
 class PendingStep(Protocol):
     """A step in flight."""
 
+    @property
+    def has_landed(self) -> bool:
+        """Whether `result` would not wait. Never raises: a failed step has landed, too."""
+        ...
+
     def result(self) -> StepResult:
         """Waits for the step. Raises StepAllocationError, or EngineError for a fault that ends the engine."""
         ...

@@ -23,6 +23,7 @@ from jaxserve.core.request import EngineRequest, EngineStats, SequenceOutput
 from jaxserve.engine.acceptance import check_config, check_request
 from jaxserve.engine.chunk_budget import ChunkBudget
 from jaxserve.engine.commit import Committer, ended_output
+from jaxserve.engine.landing import LandingForecast
 from jaxserve.engine.policy import POLICIES
 from jaxserve.engine.roster import Roster
 from jaxserve.engine.scheduler import Scheduler
@@ -44,6 +45,10 @@ class _Launched:
     sequences: list[Sequence]
     pending: PendingStep
     launched_s: float
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.plan.token_count > self.plan.decode_count
 
 
 class EngineLoop:
@@ -83,6 +88,7 @@ class EngineLoop:
         self._calm_steps = 0
         self._timing = (0.0,) * 5
         self._landed_s = 0.0
+        self._forecast = LandingForecast()
         self.is_stalled = False   # the newest step could do nothing: work waits for buckets still being compiled
 
     @property
@@ -93,6 +99,15 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         return snapshot(self._counters, self._roster, self._runner.stats)
+
+    @property
+    def hold_s(self) -> float:
+        """Seconds by which the next `step` is better put off, for those who may come; 0 once it is due."""
+        flying = self._in_flight
+        if flying is None or not flying.has_prompts or flying.pending.has_landed:
+            return 0.0
+        begin_s = max(flying.launched_s, self._landed_s)
+        return max(0.0, begin_s + self._forecast.launch_by(tokens=flying.plan.token_count) - perf_counter())
 
     @property
     def last_timing(self) -> StepTiming:
@@ -189,6 +204,9 @@ class EngineLoop:
         """A step took from its launch, or from the landing of the one before it, to its own landing."""
         plan, begin_s = landed.plan, max(landed.launched_s, self._landed_s)
         self._landed_s = landed_s
+        if landed.has_prompts:
+            host_s = self.last_timing.plan_s + self.last_timing.dispatch_s
+            self._forecast.observe(tokens=plan.token_count, seconds=landed_s - begin_s, host_s=host_s)
         tokens = plan.token_count - plan.decode_count
         if plan.draft_A is not None:
             tokens -= int(plan.draft_A.sum()) + int((plan.draft_A > 0).sum())

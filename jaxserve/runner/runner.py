@@ -302,6 +302,10 @@ class PendingDeviceStep:
         self._plan, self._forwarded, self._sampled, self._scored = plan, forwarded, sampled, scored
         self._wants_logprobs = wants_logprobs
 
+    @property
+    def has_landed(self) -> bool:
+        return (self._forwarded if self._sampled is None else self._sampled.token_B).is_ready()
+
     def result(self) -> StepResult:
         plan, sampled = self._plan, self._sampled
         token_N = None

@@ -17,7 +17,7 @@ from kernels_pallas.native import blocks, items, queries
 from kernels_pallas.native.blocks import BLOCK, SOURCE
 from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, nothing_to_finish, stored
 from kernels_pallas.native.vectors import LANES, broadcast
 
 NAME = "jaxserve_attend"
@@ -31,7 +31,7 @@ SETTINGS = ("window", "N", "S", "M", "H", "span")     # int32
 def kernel() -> str:
     """IR of all parts, the chunk, and the setup."""
     return "\n".join([
-        blocks.parts(), queries.parts(), _begin(), _finish(), _run(), items.parts(), _chunk(), _setup()
+        blocks.parts(), queries.parts(), _begin(), _finish(), _run(), items.parts(), _chunk(), _setup(), nothing_to_finish(NAME)
     ])
 
 

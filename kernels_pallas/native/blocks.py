@@ -11,7 +11,7 @@ sees, are zero, and its keys are left as they were.
 from __future__ import annotations
 
 from kernels_pallas.native.runtime import joined, loop
-from kernels_pallas.native.vectors import LANES, PAIRS, indices
+from kernels_pallas.native.vectors import LANES, PAIRS, indices, transposed
 
 DIM_STEP = PAIRS    # head dimensions are multiples of it
 PIECE = LANES       # slots that lie in one page: pages hold a multiple
@@ -50,21 +50,7 @@ def _slot_loads(kind: str) -> str:
 
 def _keys() -> str:
     """@attend_keys: a piece's keys, transposed: pair p of all 16 slots at row p of the buffer."""
-    rows, lines, step = [f"%of{slot}" for slot in ORDER], [], 1
-    while step < LANES:     # exchanges bit after bit of a number's row with that of its lane
-        low = [lane if not lane & step else LANES + lane - step for lane in ORDER]
-        high = [lane + step if not lane & step else LANES + lane for lane in ORDER]
-        exchanged = list(rows)
-        for row in ORDER:
-            if row & step:
-                continue
-            for to, order in ((row, low), (row + step, high)):
-                exchanged[to] = f"%turned{step}_{to}"
-                lines.append(
-                    f"  {exchanged[to]} = shufflevector <16 x i32> {rows[row]}, <16 x i32> {rows[row + step]}, "
-                    f"{indices(order)}"
-                )
-        rows, step = exchanged, 2 * step
+    lines, rows = transposed([f"%of{slot}" for slot in ORDER])
     stores = [
         f"  %to{pair} = getelementptr i32, ptr %to_first, i64 {pair * BLOCK}\n"
         f"  store <16 x i32> {rows[pair]}, ptr %to{pair}, align 64" for pair in range(LANES)

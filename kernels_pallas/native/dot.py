@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kernels_pallas.native import tiles
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
 from kernels_pallas.native.vectors import LANES, PAIRS, dot_pairs, indices, lane_sums
 
 BLOCKS = ((1, 16), (2, 8), (4, 4))
 TILE = 16               # outputs
+UNIT = tiles.UNIT       # outputs that a chunk has multiples of
 CHUNKS_MAX = 32         # of a product: a thread that is late leaves its share to others
 
 WORDS = [(name, "ptr") for name in ("x", "weight", "out")]      # operands, in order
 WORDS += [(name, "i64") for name in ("T", "O", "I", "tiles", "chunks")]
-TILES = "ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %begin, i64 %end"
+TILES = tiles.ARGUMENTS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Numbers:
@@ -35,6 +37,7 @@ class Numbers:
       bits: an integer as wide as a number.  declarations: what the IR uses.
       multiply: IR of sum + row · weight, of three names.  weight: IR of a weight register %{0} from %{0}_in, or "".
       magnitude: the bits of 8 bytes that tell a number from zero; there may be a sign.
+      tiles: as tile registers take it.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Numbers:
     declarations: str
     multiply: Callable[[str, str, str], str]
     magnitude: int
+    tiles: tiles.TileKind
     weight: str = ""
 
     @property
@@ -63,6 +67,7 @@ BFLOAT16 = Numbers(
     declarations="declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)\n",
     multiply=lambda before, row, weight: dot_pairs(f"<16 x float> {before}", row, weight),
     magnitude=0x7FFF_7FFF_7FFF_7FFF,
+    tiles=tiles.BFLOAT16,
 )
 INT8 = Numbers(
     name="jaxserve_dot_i8", item="i32", count=2 * PAIRS, sum="i32", bits="i8",
@@ -70,19 +75,27 @@ INT8 = Numbers(
     "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n",
     multiply=_multiply_int8,
     magnitude=-1,
+    tiles=tiles.INT8,
     weight="  %{0} = xor <16 x i32> %{0}_in, splat (i32 -2139062144)",      # 0x80808080: 128 more, unsigned
 )
 
 
 def kernel(numbers: Numbers) -> str:
-    """IR of the products, the chunk and the setup."""
-    return "\n".join([products(numbers), _chunk(numbers), _setup(numbers)])
+    """IR of the chunk, the setup and the end; needs `products`."""
+    return "\n".join([_chunk(numbers), _setup(numbers), finish(numbers.name, WORDS, numbers)])
 
 
-def products(numbers: Numbers) -> str:
-    """IR of @NAME_RxO(x, weight, out, T, O, I, first output, end), for all blocks, and of @NAME_rows."""
-    blocks = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
-    return "\n".join([numbers.declarations, *blocks, _rows(numbers)])
+def products(numbers: Numbers, *, has_tiles: bool) -> str:
+    """IR of @NAME_any(x, weight, out, T, O, I, first output, end), of what gives it its x, and of @NAME_rows.
+
+    Args:
+      has_tiles: whether rows of whole steps go through tile registers; needs `tiles.shared`.
+    """
+    parts = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
+    if has_tiles:
+        parts.append(tiles.products(numbers.name, numbers.tiles))
+    parts += [_any(numbers, has_tiles=has_tiles), _taken(numbers, has_tiles=has_tiles), _rows(numbers)]
+    return "\n".join([numbers.declarations, *parts])
 
 
 def _rows(numbers: Numbers) -> str:
@@ -272,12 +285,81 @@ exit:
 """
 
 
-def _chunk(numbers: Numbers) -> str:
-    """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
+def _any(numbers: Numbers, *, has_tiles: bool) -> str:
+    """@NAME_any(TILES): by the form that these sizes take, x being as @NAME_taken gives it."""
     calls = "\n".join(
         f"case{rows}:\n  call void @{numbers.name}_{rows}x{outs}({TILES})\n  ret void"
         for rows, outs in BLOCKS
     )
+    by_tiles = f"""{_is_whole(numbers)}
+  br i1 %is_whole, label %by_tiles, label %by_lanes
+by_tiles:
+{tiles.CONFIGURE}
+  call void @{numbers.name}_tiles({TILES})
+{tiles.RELEASE}
+  ret void"""
+    return f"""
+define internal void @{numbers.name}_any({TILES}) noinline {{
+{by_tiles if has_tiles else "  br label %by_lanes"}
+by_lanes:
+  %few = icmp slt i64 %T, 4
+  br i1 %few, label %some, label %case4
+some:
+  %one = icmp eq i64 %T, 1
+  br i1 %one, label %case1, label %case2
+{calls}
+}}
+"""
+
+
+def _is_whole(numbers: Numbers) -> str:
+    """IR of %is_whole: whether rows of %I numbers are whole steps of tiles, and %row_bytes."""
+    return f"""  %row_bytes = mul i64 %I, {numbers.bytes}
+  %row_odd = and i64 %row_bytes, {tiles.STEP_BYTES - 1}
+  %is_whole = icmp eq i64 %row_odd, 0"""
+
+
+def _taken(numbers: Numbers, *, has_tiles: bool) -> str:
+    """@NAME_taken(x, T, I): x as the products take it, and @NAME_release, which lets go of that."""
+    take, release = "  ret ptr %x", "  ret void"
+    if has_tiles:
+        take = f"""{_is_whole(numbers)}
+  br i1 %is_whole, label %pack, label %as_it_is
+pack:
+  %packed = call ptr @tile_pack(ptr %x, i64 %T, i64 %row_bytes)
+  ret ptr %packed
+as_it_is:
+  ret ptr %x"""
+        release = f"""{_is_whole(numbers)}
+  br i1 %is_whole, label %packed, label %as_it_is
+packed:
+  call void @free(ptr %x)
+  ret void
+as_it_is:
+  ret void"""
+    return f"""
+define internal ptr @{numbers.name}_taken(ptr %x, i64 %T, i64 %I) {{
+{take}
+}}
+define internal void @{numbers.name}_release(ptr %x, i64 %I) {{
+{release}
+}}
+"""
+
+
+def finish(name: str, words: list[tuple[str, str]], numbers: Numbers) -> str:
+    """IR of @NAME_finish of a kernel whose operands are these: lets go of its x."""
+    return f"""
+define internal void @{name}_finish(ptr %operands) {{
+{loaded([word for word in words if word[0] in ("x", "I")], words)}
+  call void @{numbers.name}_release(ptr %x, i64 %I)
+  ret void
+}}
+"""
+
+
+def _chunk(numbers: Numbers) -> str:
+    """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
     return f"""
 define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk) {{
 {loaded(WORDS)}
@@ -286,15 +368,11 @@ define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk) {{
   %b = mul i64 %chunk_next, %tiles
   %c = udiv i64 %a, %chunks
   %d = udiv i64 %b, %chunks
-  %begin = mul i64 %c, {TILE}
-  %end_whole = mul i64 %d, {TILE}
+  %begin = mul i64 %c, {UNIT}
+  %end_whole = mul i64 %d, {UNIT}
   %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %O)
-  %few = icmp slt i64 %T, 4
-  br i1 %few, label %some, label %case4
-some:
-  %one = icmp eq i64 %T, 1
-  br i1 %one, label %case1, label %case2
-{calls}
+  call void @{numbers.name}_any({TILES})
+  ret void
 }}
 """
 
@@ -306,16 +384,17 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %x_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 0)
   %weight_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 1)
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
-  %x = call ptr @data(ptr %x_buffer)
+  %x_rows = call ptr @data(ptr %x_buffer)
   %weight = call ptr @data(ptr %weight_buffer)
   %out = call ptr @data(ptr %out_buffer)
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %weight_buffer, i64 0)
   %out_bytes = mul i64 %O, 4
-  %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %above = add i64 %O, {TILE - 1}
-  %tiles = udiv i64 %above, {TILE}
+  %T = call i64 @{numbers.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %x = call ptr @{numbers.name}_taken(ptr %x_rows, i64 %T, i64 %I)
+  %above = add i64 %O, {UNIT - 1}
+  %tiles = udiv i64 %above, {UNIT}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})
 {stored(WORDS)}
   ret i64 %chunks

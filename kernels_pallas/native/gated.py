@@ -23,7 +23,7 @@ WORDS += [(name, "i64") for name in ("T", "F", "I", "tiles", "chunks")]
 
 def kernel() -> str:
     """IR of the activation, the chunk and the setup; needs `dot.products` of bfloat16 and @power."""
-    return joined([_activated(), _chunk(), _setup()])
+    return joined([_activated(), _chunk(), _setup(), dot.finish(NAME, WORDS, dot.BFLOAT16)])
 
 
 def _activated() -> str:
@@ -74,11 +74,9 @@ entry:
 
 def _chunk() -> str:
     """@NAME_chunk: tile by tile, two products and what becomes of them."""
-    cases = joined([
-        f"case{rows}:\n" + joined([
-            f"  call void @{dot.BFLOAT16.name}_{rows}x{outs}(ptr %x, ptr %{name}, ptr %{name}s, "
-            f"i64 %T, i64 {dot.TILE}, i64 %I, i64 0, i64 {dot.TILE})" for name in ("gate", "up")
-        ]) + "\n  br label %activate" for rows, outs in dot.BLOCKS
+    products = joined([
+        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, i64 0, "
+        f"i64 {dot.TILE})" for name in ("gate", "up")
     ])
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
@@ -101,11 +99,9 @@ entry:
   %gates = getelementptr float, ptr %scratch, i64 0
   %ups = getelementptr float, ptr %scratch, i64 %side_items
   %tile_last = sub i64 %F, {dot.TILE}
-  %is_few = icmp slt i64 %T, 4
-  %is_one = icmp eq i64 %T, 1
   br label %each
 each:
-  %tile_whole = phi i64 [%begin, %entry], [%tile_next, %activate]
+  %tile_whole = phi i64 [%begin, %entry], [%tile_next, %each]
   %tile_next = add i64 %tile_whole, {dot.TILE}
   %tile = call i64 @llvm.smin.i64(i64 %tile_whole, i64 %tile_last)     ; the last one is moved back
   %gate_item = mul i64 %tile, %I
@@ -113,11 +109,7 @@ each:
   %up_row = add i64 %tile, %F
   %up_item = mul i64 %up_row, %I
   %up = getelementptr bfloat, ptr %weight, i64 %up_item
-  br i1 %is_few, label %some, label %case4
-some:
-  br i1 %is_one, label %case1, label %case2
-{cases}
-activate:
+{products}
   call void @gated_activated(ptr %gates, ptr %ups, ptr %out, i64 %T, i64 %F, i64 %tile, float %first, float %third)
   %more = icmp slt i64 %tile_next, %end
   br i1 %more, label %each, label %exit
@@ -132,7 +124,8 @@ def _setup() -> str:
     """@NAME_setup: arguments are x, weight, the two factors."""
     arguments = joined([
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(("x", "weight", "factors"))
+        f"  %{'x_rows' if name == 'x' else name} = call ptr @data(ptr %{name}_buffer)"
+        for index, name in enumerate(("x", "weight", "factors"))
     ])
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
@@ -143,7 +136,8 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %F = call i64 @size(ptr %out_buffer, i64 1)
   %out_bytes = mul i64 %F, 2
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %x = call ptr @{dot.BFLOAT16.name}_taken(ptr %x_rows, i64 %T, i64 %I)
   %above = add i64 %F, {dot.TILE - 1}
   %tiles = udiv i64 %above, {dot.TILE}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {dot.CHUNKS_MAX})

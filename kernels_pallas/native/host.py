@@ -20,11 +20,14 @@ from typing import Literal
 
 import jax
 
-from kernels_pallas.native import attend, dot, gated, packed, runtime, vectors
+from kernels_pallas.native import attend, dot, gated, packed, runtime, tiles, vectors
 
 FEATURE = "avx512bf16"
-SWITCH = "KERNELS_PALLAS_NATIVE"      # environment: 0 or off leaves everything to XLA
+TILE_FEATURES = ("amx-tile", "amx-bf16", "amx-int8")
+SWITCH = "KERNELS_PALLAS_NATIVE"      # environment: 0 or off leaves everything to XLA, lanes does without tiles
 KernelSet = Literal["plain", "packed"]
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18      # Linux, x86-64: asm/prctl.h
 
 _lock = threading.Lock()
 
@@ -45,6 +48,19 @@ def refusals() -> tuple[str, ...]:
     if not _header().is_file():
         return (f"jaxlib came without {_header()}",)
     return ()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU has AMX's tile registers, and this process may use them: it asks Linux for that."""
+    if os.environ.get(SWITCH, "").lower() == "lanes" or platform.system() != "Linux":
+        return False
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    if not all(features.get(name) for name in TILE_FEATURES):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
 
 
 def targets(kernels: KernelSet = "plain") -> Mapping[str, str]:
@@ -95,18 +111,21 @@ def _header() -> Path:
 
 def _plain() -> tuple[list[str], str]:
     kernels = {dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(), attend.NAME: attend.kernel()}
-    return list(kernels), _module([vectors.power_of_two()], kernels)
+    shared = [vectors.power_of_two(), dot.products(dot.BFLOAT16, has_tiles=has_tiles())]
+    return list(kernels), _module(shared, kernels)
 
 
 def _packed() -> tuple[list[str], str]:
     kernels = {spelling.name: packed.variant(spelling) for spelling in packed.VARIANTS}
     kernels[dot.INT8.name] = dot.kernel(dot.INT8)
-    return list(kernels), _module([packed.shared()], kernels)
+    products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.INT8)]
+    return list(kernels), _module([packed.shared(), *products], kernels)
 
 
 def _module(shared: list[str], kernels: Mapping[str, str]) -> str:
     functions, version = runtime.header(_header())
-    parts = [runtime.DECLARATIONS, runtime.ARGUMENTS, vectors.DECLARATIONS, *shared]
+    parts = [runtime.DECLARATIONS, runtime.ARGUMENTS, vectors.DECLARATIONS]
+    parts += [tiles.shared(), *shared] if has_tiles() else shared
     for name, text in kernels.items():
         parts += [text, runtime.handler(name, functions, version)]
     return "\n".join(parts)

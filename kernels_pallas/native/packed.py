@@ -61,13 +61,14 @@ VARIANTS = (
 
 
 def shared() -> str:
-    """IR of the products that all variants share."""
-    return DECLARATIONS + dot.products(dot.BFLOAT16)
+    """IR that all variants share, beside `dot.products` of bfloat16."""
+    return DECLARATIONS
 
 
 def variant(spelling: Variant) -> str:
     """IR of one variant's unpacking, chunk and setup."""
-    return "\n".join((_unpack(spelling), _chunk(spelling), _setup(spelling)))
+    parts = (_unpack(spelling), _chunk(spelling), _setup(spelling), dot.finish(spelling.name, WORDS, dot.BFLOAT16))
+    return "\n".join(parts)
 
 
 def _float(name: str, at: str, scale: str) -> str:
@@ -211,10 +212,6 @@ exit:
 
 def _chunk(spelling: Variant) -> str:
     """@NAME_chunk: tile by tile, 16 rows of weights are unpacked, then met by all rows of x."""
-    calls = "\n".join(
-        f"case{rows}:\n  call void @{dot.BFLOAT16.name}_{rows}x{outs}(ptr %x, ptr %weight, ptr %out, "
-        f"i64 %T, i64 %O, i64 %I, i64 %tile, i64 %tile_end)\n  br label %next" for rows, outs in dot.BLOCKS
-    )
     return f"""
 define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk) {{
 entry:
@@ -231,8 +228,6 @@ entry:
   %scratch_bytes = mul i64 %row_bytes, {dot.TILE}
   %scratch = call ptr @malloc(i64 %scratch_bytes)
   %tile_last = sub i64 %O, {dot.TILE}
-  %is_few = icmp slt i64 %T, 4
-  %is_one = icmp eq i64 %T, 1
   br label %begin_tile
 begin_tile:
   %tile = phi i64 [%begin, %entry], [%tile_next, %next]
@@ -255,10 +250,8 @@ multiply:                                       ; the products count outputs fro
   %before = mul i64 %tile_at, %row_bytes
   %back = sub i64 0, %before
   %weight = getelementptr i8, ptr %scratch, i64 %back
-  br i1 %is_few, label %some, label %case4
-some:
-  br i1 %is_one, label %case1, label %case2
-{calls}
+  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %tile, i64 %tile_end)
+  br label %next
 next:
   %more_tiles = icmp slt i64 %tile_next, %end
   br i1 %more_tiles, label %begin_tile, label %exit
@@ -274,7 +267,8 @@ def _setup(spelling: Variant) -> str:
     arguments = ["x", "code", "scale"] + (["extra"] if spelling.extra != "none" else [])
     buffers = "\n".join(
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(arguments)
+        f"  %{'x_rows' if name == 'x' else name} = call ptr @data(ptr %{name}_buffer)"
+        for index, name in enumerate(arguments)
     )
     if spelling.extra == "none":
         buffers += "\n  %extra = getelementptr i8, ptr null, i64 0\n  %E = add i64 0, 0"
@@ -289,7 +283,8 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %code_buffer, i64 0)
   %out_bytes = mul i64 %O, 4
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %x = call ptr @{dot.BFLOAT16.name}_taken(ptr %x_rows, i64 %T, i64 %I)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
   %above = add i64 %O, {dot.TILE - 1}

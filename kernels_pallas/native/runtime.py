@@ -1,7 +1,7 @@
 """LLVM IR that every native kernel shares: XLA's call frame, and a loop over chunks on XLA's own threads.
 
-A kernel brings `@NAME_chunk(ptr %operands, i64 %chunk)` and `@NAME_setup(ptr %operands, ptr %frame)`, which says how
-many chunks there are, and gets `@NAME`, which XLA calls. Threads take chunks from one counter, the calling one too; it
+A kernel brings `@NAME_chunk(ptr %operands, i64 %chunk)`, `@NAME_setup(ptr %operands, ptr %frame)`, which says how many
+chunks there are, and `@NAME_finish(ptr %operands)`, and gets `@NAME`, which XLA calls. Threads take chunks from one counter, the calling one too; it
 then waits for those that others took. A helper that comes late finds nothing left, so no thread ever waits for one that
 has not begun.
 
@@ -65,11 +65,11 @@ def header(path: Path) -> tuple[dict[str, int], tuple[int, int]]:
     return functions, (version["MAJOR"], version["MINOR"])
 
 
-def loaded(words: list[tuple[str, str]]) -> str:
-    """IR that reads a kernel's operands, (name, type) in order, from its context."""
+def loaded(words: list[tuple[str, str]], among: list[tuple[str, str]] | None = None) -> str:
+    """IR that reads a kernel's operands, (name, type) in order, from its context; or these `among` all."""
     return "\n".join(
         f"  %{name}_word = getelementptr i64, ptr %operands, i64 {index}\n  %{name} = load {kind}, ptr %{name}_word"
-        for index, (name, kind) in enumerate(words)
+        for index, (name, kind) in enumerate(among or words) if (name, kind) in words
     )
 
 
@@ -115,10 +115,16 @@ pause:
   call void @llvm.x86.sse2.pause()
   br label %wait
 end:
+  call void @{name}_finish(ptr %operands)
   call void @{name}_leave(ptr %context)
   ret ptr null
 }}
 """
+
+
+def nothing_to_finish(name: str) -> str:
+    """IR of a @NAME_finish for kernels that keep nothing beyond a chunk."""
+    return f"\ndefine internal void @{name}_finish(ptr %operands) {{\n  ret void\n}}\n"
 
 
 def _workers(name: str) -> str:

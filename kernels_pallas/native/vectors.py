@@ -49,6 +49,26 @@ def lane_sums(names: list[str], prefix: str = "fold", kind: str = "float") -> tu
     return "\n".join(lines), names[0]
 
 
+def transposed(rows: list[str], prefix: str = "turned") -> tuple[list[str], list[str]]:
+    """IR that turns 16 registers of 16 lanes of 4 bytes, and the names of the 16 that lanes have become."""
+    lines, step, each = [], 1, range(LANES)
+    while step < LANES:     # exchanges bit after bit of a number's row with that of its lane
+        low = [lane if not lane & step else LANES + lane - step for lane in each]
+        high = [lane + step if not lane & step else LANES + lane for lane in each]
+        exchanged = list(rows)
+        for row in each:
+            if row & step:
+                continue
+            for to, order in ((row, low), (row + step, high)):
+                exchanged[to] = f"%{prefix}{step}_{to}"
+                lines.append(
+                    f"  {exchanged[to]} = shufflevector <16 x i32> {rows[row]}, <16 x i32> {rows[row + step]}, "
+                    f"{indices(order)}"
+                )
+        rows, step = exchanged, 2 * step
+    return lines, rows
+
+
 def number(value: float) -> str:
     """A float32 constant, which LLVM wants as an exact double."""
     (nearest,) = struct.unpack("<f", struct.pack("<f", value))
