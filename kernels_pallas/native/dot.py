@@ -93,7 +93,7 @@ def products(numbers: Numbers, *, has_tiles: bool) -> str:
     """
     parts = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
     if has_tiles:
-        parts.append(tiles.products(numbers.name, numbers.tiles))
+        parts += [tiles.blocks(numbers.name, numbers.tiles), tiles.products(numbers.name)]
     parts += [_any(numbers, has_tiles=has_tiles), _taken(numbers, has_tiles=has_tiles), _rows(numbers)]
     return "\n".join([numbers.declarations, *parts])
 
@@ -291,11 +291,11 @@ def _any(numbers: Numbers, *, has_tiles: bool) -> str:
         f"case{rows}:\n  call void @{numbers.name}_{rows}x{outs}({TILES})\n  ret void"
         for rows, outs in BLOCKS
     )
-    by_tiles = f"""{_is_whole(numbers)}
+    by_tiles = f"""{is_whole(numbers)}
   br i1 %is_whole, label %by_tiles, label %by_lanes
 by_tiles:
 {tiles.CONFIGURE}
-  call void @{numbers.name}_tiles({TILES})
+  call void @{numbers.name}_tiles({TILES}, i64 %row_bytes)
 {tiles.RELEASE}
   ret void"""
     return f"""
@@ -312,7 +312,7 @@ some:
 """
 
 
-def _is_whole(numbers: Numbers) -> str:
+def is_whole(numbers: Numbers) -> str:
     """IR of %is_whole: whether rows of %I numbers are whole steps of tiles, and %row_bytes."""
     return f"""  %row_bytes = mul i64 %I, {numbers.bytes}
   %row_odd = and i64 %row_bytes, {tiles.STEP_BYTES - 1}
@@ -323,14 +323,14 @@ def _taken(numbers: Numbers, *, has_tiles: bool) -> str:
     """@NAME_taken(x, T, I): x as the products take it, and @NAME_release, which lets go of that."""
     take, release = "  ret ptr %x", "  ret void"
     if has_tiles:
-        take = f"""{_is_whole(numbers)}
+        take = f"""{is_whole(numbers)}
   br i1 %is_whole, label %pack, label %as_it_is
 pack:
   %packed = call ptr @tile_pack(ptr %x, i64 %T, i64 %row_bytes)
   ret ptr %packed
 as_it_is:
   ret ptr %x"""
-        release = f"""{_is_whole(numbers)}
+        release = f"""{is_whole(numbers)}
   br i1 %is_whole, label %packed, label %as_it_is
 packed:
   call void @free(ptr %x)

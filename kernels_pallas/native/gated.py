@@ -10,31 +10,36 @@ Invariant: a row's result is the same beside any others.
 
 from __future__ import annotations
 
-from kernels_pallas.native import dot
+from kernels_pallas.native import dot, tiles
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
-from kernels_pallas.native.vectors import LANES, LOG2_E, POWER_MIN, broadcast, splat
+from kernels_pallas.native.vectors import LANES, LOG2_E, POWER_MIN, broadcast, splat, transposed
 
 NAME = "jaxserve_gated"
 VECTOR = "<16 x float>"
 
 WORDS = [(name, "ptr") for name in ("x", "weight", "factors", "out")]
 WORDS += [(name, "i64") for name in ("T", "F", "I", "tiles", "chunks")]
+OUTPUTS = "ptr %x, ptr %gate, ptr %up, ptr %out, i64 %T, i64 %F, i64 %I, i64 %tile, float %first, float %third"
 
 
-def kernel() -> str:
-    """IR of the activation, the chunk and the setup; needs `dot.products` of bfloat16 and @power."""
-    return joined([_activated(), _chunk(), _setup(), dot.finish(NAME, WORDS, dot.BFLOAT16)])
+def kernel(*, has_tiles: bool) -> str:
+    """IR of the activation, the chunk, the setup and the end; needs `dot.products` of bfloat16 and @power."""
+    by_tiles = [_tile(), _by_tiles()] if has_tiles else []
+    end = dot.finish(NAME, WORDS, dot.BFLOAT16)
+    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(), end])
 
 
-def _activated() -> str:
-    """@gated_activated: a tile's 16 outputs of every row, from its products in %gates and %ups, [T, 16] each."""
+def _activation() -> str:
+    """@gated_activation: 16 results, not yet rounded, from 16 products of each side."""
     rounded = joined([
-        f"  %{name}_from = getelementptr float, ptr %{name}s, i64 %item\n"
-        f"  %{name}_long = load {VECTOR}, ptr %{name}_from, align 4\n"
         f"  %{name}_short = fptrunc {VECTOR} %{name}_long to <16 x bfloat>\n"
         f"  %{name} = fpext <16 x bfloat> %{name}_short to {VECTOR}" for name in ("gate", "up")
     ])
-    body = f"""  %item = mul i64 %row, {LANES}
+    return f"""
+declare {VECTOR} @llvm.fabs.v16f32({VECTOR})
+define internal {VECTOR} @gated_activation(
+  {VECTOR} %gate_long, {VECTOR} %up_long, {VECTOR} %firsts, {VECTOR} %thirds, i1 %is_straight
+) alwaysinline {{
 {rounded}
   %square = fmul {VECTOR} %gate, %gate
   %curved = fmul {VECTOR} %square, %thirds
@@ -52,35 +57,154 @@ def _activated() -> str:
   %sigmoid = fdiv {VECTOR} %part, %divisor
   %act = fmul {VECTOR} %gate, %sigmoid
   %result = fmul {VECTOR} %act, %up
+  ret {VECTOR} %result
+}}
+"""
+
+
+def _of_row() -> str:
+    """IR of %result from row %row of 16 numbers of %gates and %ups; FACTORS come before."""
+    loads = joined([
+        f"  %{name}_at = getelementptr {VECTOR}, ptr %{name}s, i64 %row\n"
+        f"  %{name}_of_row = load {VECTOR}, ptr %{name}_at, align 4" for name in ("gate", "up")
+    ])
+    return f"""{loads}
+  %result = call {VECTOR} @gated_activation(
+    {VECTOR} %gate_of_row, {VECTOR} %up_of_row, {VECTOR} %firsts, {VECTOR} %thirds, i1 %is_straight
+  )"""
+
+
+FACTORS = f"""{broadcast("firsts", "%first")}
+{broadcast("thirds", "%third")}
+  %is_straight = fcmp oeq float %third, 0.0"""
+
+
+def _by_lanes() -> str:
+    """@gated_by_lanes: 16 outputs from %tile on, of all rows; their products rest in %gates and %ups, [T, 16] each."""
+    products = joined([
+        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, i64 0, "
+        f"i64 {dot.TILE})" for name in ("gate", "up")
+    ])
+    body = f"""{_of_row()}
   %result_short = fptrunc {VECTOR} %result to <16 x bfloat>
   %out_row = mul i64 %row, %F
   %out_item = add i64 %out_row, %tile
   %to = getelementptr bfloat, ptr %out, i64 %out_item
   store <16 x bfloat> %result_short, ptr %to, align 2"""
     return f"""
-declare {VECTOR} @llvm.fabs.v16f32({VECTOR})
-define internal void @gated_activated(
-  ptr noalias %gates, ptr noalias %ups, ptr noalias %out, i64 %T, i64 %F, i64 %tile, float %first, float %third
-) noinline {{
+define internal void @gated_by_lanes({OUTPUTS}) noinline {{
 entry:
-{broadcast("firsts", "%first")}
-{broadcast("thirds", "%third")}
-  %is_straight = fcmp oeq float %third, 0.0
+  %side_items = mul i64 %T, {dot.TILE}
+  %gates_bytes = mul i64 %side_items, 8
+  %gates = call ptr @malloc(i64 %gates_bytes)
+  %ups = getelementptr float, ptr %gates, i64 %side_items
+{products}
+{FACTORS}
 {loop("row", "0", "%T", 1, body, "entry")}
+  call void @free(ptr %gates)
   ret void
 }}
 """
 
 
-def _chunk() -> str:
-    """@NAME_chunk: tile by tile, two products and what becomes of them."""
-    products = joined([
-        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, i64 0, "
-        f"i64 {dot.TILE})" for name in ("gate", "up")
-    ])
+def _tile() -> str:
+    """@gated_tile: 16 outputs of 16 tokens from %token on, from their products, [outputs, tokens], in %gates and %ups.
+
+    Tokens past the last hold what the last holds, and are stored there first.
+    """
+    each = range(LANES)
+    loads = [
+        f"  %place{i} = getelementptr {VECTOR}, ptr %results, i64 {i}\n"
+        f"  %of{i} = load <16 x i32>, ptr %place{i}, align 64" for i in each
+    ]
+    lines, turned = transposed([f"%of{i}" for i in each])
+    stores = [
+        f"  %token{t}_far = add i64 %token, {t}\n"
+        f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
+        f"  %out{t}_row = mul i64 %token{t}, %F\n  %out{t}_item = add i64 %out{t}_row, %tile\n"
+        f"  %to{t} = getelementptr bfloat, ptr %out, i64 %out{t}_item\n"
+        f"  %long{t} = bitcast <16 x i32> {turned[t]} to {VECTOR}\n"
+        f"  %short{t} = fptrunc {VECTOR} %long{t} to <16 x bfloat>\n"
+        f"  store <16 x bfloat> %short{t}, ptr %to{t}, align 2" for t in reversed(each)
+    ]
+    body = f"""{_of_row()}
+  %result_at = getelementptr {VECTOR}, ptr %results, i64 %row
+  store {VECTOR} %result, ptr %result_at, align 64"""
+    return f"""
+define internal void @gated_tile(
+  ptr %gates, ptr %ups, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third
+) noinline {{
+entry:
+  %results = alloca [{LANES} x {VECTOR}], align 64
+  %last = sub i64 %T, 1
+{FACTORS}
+{loop("row", "0", str(LANES), 1, body, "entry")}
+{joined([*loads, *lines, *stores])}
+  ret void
+}}
+"""
+
+
+def _by_tiles() -> str:
+    """@gated_by_tiles: 16 outputs from %tile on, of all rows; the thread's tiles are configured before."""
+    sides = [tiles.TILE_BYTES * i for i in range(4)]
+    body = f"""  %left = sub i64 %T, %token
+  %is_wide = icmp sgt i64 %left, {tiles.SIDE}
+  %before = mul i64 %token, %row_bytes
+  %x_now = getelementptr i8, ptr %x, i64 %before
+  br i1 %is_wide, label %wide, label %narrow
+narrow:
+  call void @{dot.BFLOAT16.name}_tiles_2x1(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
+  call void @gated_tile(ptr %sums, ptr %sums1, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
+  br label %stored
+wide:
+  %token1 = add i64 %token, {tiles.SIDE}
+  call void @{dot.BFLOAT16.name}_tiles_2x2(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
+  call void @gated_tile(ptr %sums, ptr %sums2, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
+  call void @gated_tile(ptr %sums1, ptr %sums3, ptr %out, i64 %T, i64 %F, i64 %token1, i64 %tile, float %first,
+    float %third)
+  br label %stored
+stored:"""
+    places = joined([f"  %sums{i} = getelementptr i8, ptr %sums, i64 {sides[i]}" for i in (1, 2, 3)])
+    return f"""
+define internal void @gated_by_tiles({OUTPUTS}, i64 %row_bytes) noinline {{
+entry:
+  %sums = alloca [{4 * tiles.TILE_BYTES} x i8], align 64
+{places}
+{loop("token", "0", "%T", 2 * tiles.SIDE, body, "entry")}
+  ret void
+}}
+"""
+
+
+def _chunk(*, has_tiles: bool) -> str:
+    """@NAME_chunk: 16 outputs by 16, two products and what becomes of them."""
+    begin, each = "", f"  call void @gated_by_lanes({OUTPUTS})"
+    if has_tiles:
+        begin = f"""{dot.is_whole(dot.BFLOAT16)}
+  br i1 %is_whole, label %configure, label %begin_each
+configure:
+{tiles.CONFIGURE}"""
+        each = f"""  br i1 %is_whole, label %by_tiles, label %by_lanes
+by_tiles:
+  call void @gated_by_tiles({OUTPUTS}, i64 %row_bytes)
+  br label %stored
+by_lanes:
+  call void @gated_by_lanes({OUTPUTS})
+  br label %stored
+stored:"""
+    body = f"""  %tile = call i64 @llvm.smin.i64(i64 %outputs, i64 %tile_last)     ; the last one is moved back
+  %gate_item = mul i64 %tile, %I
+  %gate = getelementptr bfloat, ptr %weight, i64 %gate_item
+  %up_row = add i64 %tile, %F
+  %up_item = mul i64 %up_row, %I
+  %up = getelementptr bfloat, ptr %weight, i64 %up_item
+{each}"""
+    end = f"""  br i1 %is_whole, label %release, label %exit
+release:
+{tiles.RELEASE}""" if has_tiles else ""
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
-entry:
 {loaded(WORDS)}
   %first_at = getelementptr float, ptr %factors, i64 0
   %third_at = getelementptr float, ptr %factors, i64 1
@@ -93,28 +217,14 @@ entry:
   %d = udiv i64 %b, %chunks
   %begin = mul i64 %c, {dot.TILE}
   %end = mul i64 %d, {dot.TILE}
-  %side_items = mul i64 %T, {dot.TILE}
-  %gates_bytes = mul i64 %side_items, 8
-  %scratch = call ptr @malloc(i64 %gates_bytes)
-  %gates = getelementptr float, ptr %scratch, i64 0
-  %ups = getelementptr float, ptr %scratch, i64 %side_items
   %tile_last = sub i64 %F, {dot.TILE}
-  br label %each
-each:
-  %tile_whole = phi i64 [%begin, %entry], [%tile_next, %each]
-  %tile_next = add i64 %tile_whole, {dot.TILE}
-  %tile = call i64 @llvm.smin.i64(i64 %tile_whole, i64 %tile_last)     ; the last one is moved back
-  %gate_item = mul i64 %tile, %I
-  %gate = getelementptr bfloat, ptr %weight, i64 %gate_item
-  %up_row = add i64 %tile, %F
-  %up_item = mul i64 %up_row, %I
-  %up = getelementptr bfloat, ptr %weight, i64 %up_item
-{products}
-  call void @gated_activated(ptr %gates, ptr %ups, ptr %out, i64 %T, i64 %F, i64 %tile, float %first, float %third)
-  %more = icmp slt i64 %tile_next, %end
-  br i1 %more, label %each, label %exit
+{begin}
+  br label %begin_each
+begin_each:
+{loop("outputs", "%begin", "%end", dot.TILE, body, "begin_each")}
+{end}
+  br label %exit
 exit:
-  call void @free(ptr %scratch)
   ret void
 }}
 """

@@ -93,8 +93,10 @@ def _compile(text: str, names: list[str]) -> dict[str, int]:
     llvm.initialize_native_asmprinter()
     module = llvm.parse_assembly(text)
     module.verify()
+    # LLVM would halve registers of 512 bits on Intel's CPUs, which were slow with them once.
+    features = f"{llvm.get_host_cpu_features().flatten()},-prefer-256-bit"
     target = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3
     )
     builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=1))
     builder.getModulePassManager().run(module, builder)
@@ -110,7 +112,10 @@ def _header() -> Path:
 
 
 def _plain() -> tuple[list[str], str]:
-    kernels = {dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(), attend.NAME: attend.kernel()}
+    kernels = {
+        dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(has_tiles=has_tiles()),
+        attend.NAME: attend.kernel(),
+    }
     shared = [vectors.power_of_two(), dot.products(dot.BFLOAT16, has_tiles=has_tiles())]
     return list(kernels), _module(shared, kernels)
 

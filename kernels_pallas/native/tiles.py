@@ -24,6 +24,7 @@ TILE_BYTES = SIDE * STEP_BYTES
 UNIT = 2 * SIDE         # outputs of a block
 ARGUMENTS = "ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %begin, i64 %end"
 _WEIGHTS, _TOKENS = (4, 5), (6, 7)      # tile registers; sums are in the first four
+_SHAPES = tuple(product((1, 2), (1, 2)))
 
 _PALETTE = [1, 0, *[0] * 14, *[STEP_BYTES, 0] * 8, *[0] * 16, *[SIDE] * 8, *[0] * 8]
 DECLARATIONS = f"""
@@ -147,16 +148,17 @@ define internal void @tile_store(ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i6
 """
 
 
-def block(name: str, kind: TileKind, weights: int, tokens: int, *, asks: bool) -> str:
-    """IR of @NAME(x, weight0[, weight1], sums, bytes of a row[, ahead]): whole sums of `weights` x `tokens` tiles.
+def blocks(name: str, kind: TileKind) -> str:
+    """IR of @NAME_tiles_WxT(x, W weights, sums, bytes of a row) for 1 and 2 tiles of weights and of tokens.
 
-    x points to the first of its tokens' tiles, `sums` to a buffer of tiles in order of weights, then tokens.
-
-    Args:
-      asks: whether the weights `ahead` bytes further on are asked for meanwhile.
+    x points to the first of its tokens' tiles, a weight to the first of its 16 rows; `sums` gets whole tiles, in order
+    of weights, then tokens.
     """
+    return "\n".join(_block(name, kind, weights, tokens) for weights, tokens in _SHAPES)
+
+
+def _block(name: str, kind: TileKind, weights: int, tokens: int) -> str:
     pairs = list(product(range(weights), range(tokens)))
-    pointers = "".join(f", ptr %weight{w}" for w in range(weights))
     loads = [
         f"  %now{w} = getelementptr i8, ptr %weight{w}, i64 %byte\n" + load(_WEIGHTS[w], f"%now{w}", "%row_bytes")
         for w in range(weights)
@@ -164,14 +166,8 @@ def block(name: str, kind: TileKind, weights: int, tokens: int, *, asks: bool) -
         f"  %tile{t} = getelementptr i8, ptr %tokens{t}, i64 %in_row\n" + load(_TOKENS[t], f"%tile{t}", str(STEP_BYTES))
         for t in range(tokens)
     ]
-    asked = [
-        f"  %ask{w}_{r}_row = mul i64 %row_bytes, {r}\n  %ask{w}_{r}_byte = add i64 %ask{w}_{r}_row, %ahead\n"
-        f"  %ask{w}_{r} = getelementptr i8, ptr %now{w}, i64 %ask{w}_{r}_byte\n"
-        f"  call void @llvm.prefetch.p0(ptr %ask{w}_{r}, i32 0, i32 2, i32 1)"
-        for w, r in product(range(weights if asks else 0), range(SIDE))
-    ]
     sums = [multiply(kind, w * tokens + t, _WEIGHTS[w], _TOKENS[t]) for w, t in pairs]
-    body = joined([f"  %in_row = mul i64 %byte, {SIDE}", *loads, *asked, *sums])
+    body = joined([f"  %in_row = mul i64 %byte, {SIDE}", *loads, *sums])
     starts = joined([
         f"  %before{t} = mul i64 %row_bytes, {SIDE * t}\n  %tokens{t} = getelementptr i8, ptr %x, i64 %before{t}"
         for t in range(tokens)
@@ -181,7 +177,9 @@ def block(name: str, kind: TileKind, weights: int, tokens: int, *, asks: bool) -
         for i in range(len(pairs))
     ])
     return f"""
-define internal void @{name}(ptr %x{pointers}, ptr %sums, i64 %row_bytes{", i64 %ahead" if asks else ""}) noinline {{
+define internal void @{name}_tiles_{weights}x{tokens}(
+  ptr %x, {", ".join(f"ptr %weight{w}" for w in range(weights))}, ptr %sums, i64 %row_bytes
+) noinline {{
 entry:
 {starts}
 {loop("byte", "0", "%row_bytes", STEP_BYTES, body, "entry")}
@@ -191,30 +189,22 @@ entry:
 """
 
 
-def products(name: str, kind: TileKind) -> str:
+def products(name: str) -> str:
     """IR of @NAME_tiles(ARGUMENTS): all rows of the outputs [begin, end), for packed x and rows of whole steps.
 
-    Tiles at the edge are moved back: they compute some twice. The thread's tiles are configured before.
+    Needs `blocks`, and the thread's tiles configured. Tiles at the edge are moved back: they compute some twice.
     """
-    shapes = list(product((1, 2), (1, 2), (False, True)))
-    blocks = [block(_block_name(name, *shape), kind, shape[0], shape[1], asks=shape[2]) for shape in shapes]
-    cases = joined([_case(name, *shape) for shape in shapes])
+    cases = joined([_case(name, *shape) for shape in _SHAPES])
     tokens = f"""  %token_left = sub i64 %T, %token
   %is_wide = icmp sgt i64 %token_left, {SIDE}
-  %is_first = icmp eq i64 %token, 0
   %before = mul i64 %token, %row_bytes
   %x_now = getelementptr i8, ptr %x, i64 %before
   %token1 = add i64 %token, {SIDE}
-  %case_tall = zext i1 %is_tall to i64
-  %case_wide = zext i1 %is_wide to i64
-  %case_asks = zext i1 %is_first to i64
-  %case_tall4 = shl i64 %case_tall, 2
-  %case_wide2 = shl i64 %case_wide, 1
-  %case_both = or i64 %case_tall4, %case_wide2
-  %case = or i64 %case_both, %case_asks
-  switch i64 %case, label %case1_1_0 [{" ".join(
-        f"i64 {4 * (w - 1) + 2 * (t - 1) + a}, label %case{w}_{t}_{int(a)}" for w, t, a in shapes
-    )}]
+  br i1 %is_tall, label %tall, label %low
+tall:
+  br i1 %is_wide, label %case2x2, label %case2x1
+low:
+  br i1 %is_wide, label %case1x2, label %case1x1
 {cases}
 stored:"""
     body = f"""  %left = sub i64 %end, %first
@@ -229,12 +219,10 @@ stored:"""
   %output_byte0 = mul i64 %output0, 4
   %output_byte1 = mul i64 %output1, 4
 {loop("token", "0", "%T", 2 * SIDE, tokens, "first_loop")}"""
-    return "\n".join(blocks) + f"""
-define internal void @{name}_tiles({ARGUMENTS}) noinline {{
+    return f"""
+define internal void @{name}_tiles({ARGUMENTS}, i64 %row_bytes) noinline {{
 entry:
   %sums = alloca [{4 * TILE_BYTES} x i8], align 64
-  %row_bytes = mul i64 %I, {kind.bytes}
-  %unit_bytes = mul i64 %row_bytes, {UNIT}
   %out_bytes = mul i64 %O, 4
   %output_last = sub i64 %O, {SIDE}
 {loop("first", "%begin", "%end", UNIT, body, "entry")}
@@ -243,22 +231,17 @@ entry:
 """
 
 
-def _block_name(name: str, weights: int, tokens: int, asks: bool) -> str:
-    return f"{name}_tiles_{weights}x{tokens}{'_ask' if asks else ''}"
-
-
-def _case(name: str, weights: int, tokens: int, asks: bool) -> str:
+def _case(name: str, weights: int, tokens: int) -> str:
     """One shape of block, and its sums to their places."""
+    shape = f"{weights}x{tokens}"
     pointers = ", ".join(f"ptr %weight{w}" for w in range(weights))
     stores = joined([
-        f"  %sum{weights}_{tokens}_{int(asks)}_{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}\n"
-        f"  call void @tile_store(ptr %sum{weights}_{tokens}_{int(asks)}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
+        f"  %sum{shape}_{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}\n"
+        f"  call void @tile_store(ptr %sum{shape}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
         f"i64 %{'token1' if t else 'token'}, i64 %output_byte{w})"
         for i, (w, t) in enumerate(product(range(weights), range(tokens)))
     ])
-    return f"""case{weights}_{tokens}_{int(asks)}:
-  call void @{_block_name(name, weights, tokens, asks)}(
-    ptr %x_now, {pointers}, ptr %sums, i64 %row_bytes{", i64 %unit_bytes" if asks else ""}
-  )
+    return f"""case{shape}:
+  call void @{name}_tiles_{shape}(ptr %x_now, {pointers}, ptr %sums, i64 %row_bytes)
 {stores}
   br label %stored"""
