@@ -13,7 +13,7 @@ is NaN), each query of the block gets values of its own.
 
 from __future__ import annotations
 
-from kernels_pallas.native import blocks, items, queries
+from kernels_pallas.native import blocks, items, queries, query_tiles, tiles
 from kernels_pallas.native.blocks import BLOCK, SOURCE
 from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
@@ -28,10 +28,15 @@ WORDS = [(name, "ptr") for name in POINTERS] + [("K", "i64"), ("all_items", "i64
 SETTINGS = ("window", "N", "S", "M", "H", "span")     # int32
 
 
-def kernel() -> str:
-    """IR of all parts, the chunk, and the setup."""
+def kernel(*, has_tiles: bool) -> str:
+    """IR of all parts, the chunk, and the setup.
+
+    Args:
+      has_tiles: whether tile registers multiply; needs `tiles.shared`.
+    """
     return "\n".join([
-        blocks.parts(), queries.parts(), _begin(), _finish(), _run(), items.parts(), _chunk(), _setup(), nothing_to_finish(NAME)
+        blocks.parts(), queries.parts(), query_tiles.parts() if has_tiles else "", _begin(), _finish(),
+        _run(has_tiles=has_tiles), items.parts(), _chunk(has_tiles=has_tiles), _setup(), nothing_to_finish(NAME),
     ])
 
 
@@ -86,10 +91,11 @@ entry:
 """
 
 
-def _run() -> str:
+def _run(*, has_tiles: bool) -> str:
     """@attend_run: a block for items with the same pages of it: fills the buffers, then takes batches of queries."""
     source = SOURCE.removeprefix("ptr %pages, ")
     own = source.replace("%low", "%low_first").replace("%high", "%end_first")
+    by = "_by_tiles" if has_tiles else ""
     return f"""
 define internal void @attend_run({RUN}) noinline {{
 entry:
@@ -133,10 +139,10 @@ batch:
   %slots = call i64 @llvm.smin.i64(i64 %slots_left, i64 {BLOCK})
   %slots_even = add i64 %slots, 1
   %pairs = udiv i64 %slots_even, 2
-  call void @attend_scores(ptr %q, ptr %states, ptr %keys, ptr %scores, i64 %H, i64 %query, i64 %count)
+  call void @attend_scores{by}(ptr %q, ptr %states, ptr %keys, ptr %scores, i64 %H, i64 %query, i64 %count)
   call void @attend_weights(ptr %states, ptr %scores, ptr %weights, i64 %query, i64 %count, i64 %at, i64 %window,
     float %scale_power)
-  call void @attend_sums(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs)
+  call void @attend_sums{by}(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs)
   br label %batch_end
 batch_end:
   %more = icmp slt i64 %query_next, %query_stop
@@ -168,8 +174,9 @@ def _begin_item() -> str:
     i64 %position, i64 %of_item)"""
 
 
-def _chunk() -> str:
+def _chunk(*, has_tiles: bool) -> str:
     """@NAME_chunk: chunk = group of items * K + kv head."""
+    configure, release = (tiles.CONFIGURE, tiles.RELEASE) if has_tiles else ("", "")
     settings = joined([
         f"  %{name}_at = getelementptr i32, ptr %settings, i64 {index}\n"
         f"  %{name}_short = load i32, ptr %{name}_at\n"
@@ -196,6 +203,7 @@ entry:
   %is_any = icmp sgt i64 %item_count, 0
   br i1 %is_any, label %begin, label %exit
 begin:
+{configure}
   %slots_size = mul i64 %S, %H
   %page_step = mul i64 %slots_size, %K
   %head_step = mul i64 %slots_size, %kv_head
@@ -212,6 +220,7 @@ begin:
   %first_block = and i64 %low, {-BLOCK}
 {loop("at", "%first_block", "%high", BLOCK, f"  call void @attend_block({BLOCK_OF_ITEMS})", "n_end")}
   call void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries)
+{release}
   br label %exit
 exit:
   ret void

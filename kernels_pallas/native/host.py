@@ -114,7 +114,7 @@ def _header() -> Path:
 def _plain() -> tuple[list[str], str]:
     kernels = {
         dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(has_tiles=has_tiles()),
-        attend.NAME: attend.kernel(),
+        attend.NAME: attend.kernel(has_tiles=has_tiles()),
     }
     shared = [vectors.power_of_two(), dot.products(dot.BFLOAT16, has_tiles=has_tiles())]
     return list(kernels), _module(shared, kernels)
