@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from kernels_pallas.native.blocks import BLOCK, DIM_STEP
 from kernels_pallas.native.runtime import joined, loop
-from kernels_pallas.native.vectors import LANES, broadcast, dot_pairs, indices, number, splat
+from kernels_pallas.native.vectors import LANES, broadcast, dot_pairs, indices, larger, largest, number, splat
 
 BATCH = 16          # queries
 GROUP = 4           # of them, multiplied at once
@@ -134,11 +134,12 @@ def _weights() -> str:
             f"  %raw{r}_at = getelementptr float, ptr %scores, i64 %raw{r}_item\n"
             f"  %raw{r} = load {VECTOR}, ptr %raw{r}_at, align 64\n"
             f"  %scaled{r} = fmul {VECTOR} %raw{r}, %scales\n"
-            f"  %score{r} = select <16 x i1> %seen{r}, {VECTOR} %scaled{r}, {splat(NOTHING)}"
+            f"  %score{r} = select <16 x i1> %seen{r}, {VECTOR} %scaled{r}, {splat(NOTHING)}\n"
+            + larger(f"number{r}", f"%score{r}", splat(NOTHING).removeprefix(VECTOR + " "))    # NaN is no highest score
         )
-    lines.append(_folded("most", "score", "call {0} @llvm.maxnum.v16f32({0} {1}, {0} {2})"))
-    lines.append(f"""  %most_one = call float @llvm.vector.reduce.fmax.v16f32({VECTOR} %most)
-  %higher = fcmp ogt float %most_one, %top
+    lines += [larger("most_low", "%number0", "%number1"), larger("most_high", "%number2", "%number3")]
+    lines += [larger("most", "%most_low", "%most_high"), largest("most_one", "%most")]
+    lines.append(f"""  %higher = fcmp ogt float %most_one, %top
   %top_new = select i1 %higher, float %most_one, float %top
   %fall = fsub float %top, %top_new
 {broadcast("falls", "%fall")}
@@ -154,7 +155,9 @@ def _weights() -> str:
             f"  %short{r}_at = getelementptr bfloat, ptr %weights, i64 %raw{r}_item\n"
             f"  store <16 x bfloat> %short{r}, ptr %short{r}_at, align 32"
         )
-    lines.append(_folded("sum", "weight", "fadd {0} {1}, {2}"))
+    lines.append(f"""  %sum_low = fadd {VECTOR} %weight0, %weight1
+  %sum_high = fadd {VECTOR} %weight2, %weight3
+  %sum = fadd {VECTOR} %sum_low, %sum_high""")
     states = [read("end", "%number"), read("top", "%number"), read("total", "%number"), field("keep", "%number")]
     body = f"""  %number = add i64 %query, %n
   %row = mul i64 %n, {BLOCK}
@@ -183,13 +186,6 @@ entry:
   ret void
 }}
 """
-
-
-def _folded(name: str, of: str, combine: str) -> str:
-    """Combines the four registers %OF into %NAME."""
-    return f"""  %{name}_low = {combine.format(VECTOR, f"%{of}0", f"%{of}1")}
-  %{name}_high = {combine.format(VECTOR, f"%{of}2", f"%{of}3")}
-  %{name} = {combine.format(VECTOR, f"%{name}_low", f"%{name}_high")}"""
 
 
 def _sums() -> str:

@@ -12,12 +12,10 @@ PAIRS = 32          # bfloat16 numbers of a register, multiplied two by two
 DECLARATIONS = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
 declare <16 x float> @llvm.roundeven.v16f32(<16 x float>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare i64 @llvm.vector.reduce.or.v8i64(<8 x i64>)
-declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 """
 POWER_TERMS = 7         # of the series of 2^x on [-1/2, 1/2]: the first left out is 1.2e-7 at most
@@ -88,6 +86,30 @@ def broadcast(name: str, value: str, kind: str = "float") -> str:
     )
 
 
+def larger(name: str, first: str, second: str, lanes: int = LANES) -> str:
+    """IR of %name, the larger number a lane; `second` where one is NaN, so it should be none. One instruction."""
+    return (
+        f"  %{name}_is = fcmp ogt <{lanes} x float> {first}, {second}\n"
+        f"  %{name} = select <{lanes} x i1> %{name}_is, <{lanes} x float> {first}, <{lanes} x float> {second}"
+    )
+
+
+def largest(name: str, of: str) -> str:
+    """IR of float %name, the largest of 16 lanes, none of them NaN: half by half, not lane after lane."""
+    lines, lanes = [], LANES
+    while lanes > 1:
+        lanes //= 2
+        for half, first in (("l", 0), ("h", lanes)):
+            lines.append(
+                f"  %{name}{lanes}{half} = shufflevector <{2 * lanes} x float> {of}, <{2 * lanes} x float> poison, "
+                f"{indices(list(range(first, first + lanes)))}"
+            )
+        lines.append(larger(f"{name}{lanes}", f"%{name}{lanes}l", f"%{name}{lanes}h", lanes))
+        of = f"%{name}{lanes}"
+    lines.append(f"  %{name} = extractelement <1 x float> {of}, i64 0")
+    return "\n".join(lines)
+
+
 def dot_pairs(before: str, first: str, second: str) -> str:
     """The call that adds 32 products, two a lane, to `before` (with its type)."""
     return (
@@ -106,7 +128,7 @@ def power_of_two() -> str:
         )
     return f"""
 define internal <16 x float> @power(<16 x float> %x) alwaysinline {{
-  %low = call <16 x float> @llvm.maxnum.v16f32(<16 x float> %x, {splat(POWER_MIN)})
+{larger("low", "%x", splat(POWER_MIN).removeprefix("<16 x float> "))}
   %whole = call <16 x float> @llvm.roundeven.v16f32(<16 x float> %low)
   %part = fsub <16 x float> %low, %whole
 {chr(10).join(lines)}
