@@ -17,7 +17,7 @@ from kernels_pallas.native import blocks, items, queries, query_tiles, tiles
 from kernels_pallas.native.blocks import BLOCK, SOURCE
 from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, nothing_to_finish, stored
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
 from kernels_pallas.native.vectors import LANES, broadcast
 
 NAME = "jaxserve_attend"
@@ -36,7 +36,7 @@ def kernel(*, has_tiles: bool) -> str:
     """
     return "\n".join([
         blocks.parts(), queries.parts(), query_tiles.parts() if has_tiles else "", _begin(), _finish(),
-        _run(has_tiles=has_tiles), items.parts(), _chunk(has_tiles=has_tiles), _setup(), nothing_to_finish(NAME),
+        _run(has_tiles=has_tiles), items.parts(), _chunk(), _setup(), _threads(has_tiles=has_tiles),
     ])
 
 
@@ -174,16 +174,30 @@ def _begin_item() -> str:
     i64 %position, i64 %of_item)"""
 
 
-def _chunk(*, has_tiles: bool) -> str:
-    """@NAME_chunk: chunk = group of items * K + kv head."""
+def _threads(*, has_tiles: bool) -> str:
+    """@NAME_begin and @NAME_end: a thread's tiles, if there are."""
     configure, release = (tiles.CONFIGURE, tiles.RELEASE) if has_tiles else ("", "")
+    return f"""
+define internal ptr @{NAME}_begin(ptr %operands) {{
+{configure}
+  ret ptr null
+}}
+define internal void @{NAME}_end(ptr %operands, ptr %own) {{
+{release}
+  ret void
+}}
+"""
+
+
+def _chunk() -> str:
+    """@NAME_chunk: chunk = group of items * K + kv head."""
     settings = joined([
         f"  %{name}_at = getelementptr i32, ptr %settings, i64 {index}\n"
         f"  %{name}_short = load i32, ptr %{name}_at\n"
         f"  %{name} = sext i32 %{name}_short to i64" for index, name in enumerate(SETTINGS)
     ])
     return f"""
-define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
+define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
 entry:
 {loaded(WORDS)}
 {settings}
@@ -203,7 +217,6 @@ entry:
   %is_any = icmp sgt i64 %item_count, 0
   br i1 %is_any, label %begin, label %exit
 begin:
-{configure}
   %slots_size = mul i64 %S, %H
   %page_step = mul i64 %slots_size, %K
   %head_step = mul i64 %slots_size, %kv_head
@@ -220,7 +233,6 @@ begin:
   %first_block = and i64 %low, {-BLOCK}
 {loop("at", "%first_block", "%high", BLOCK, f"  call void @attend_block({BLOCK_OF_ITEMS})", "n_end")}
   call void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries)
-{release}
   br label %exit
 exit:
   ret void

@@ -82,7 +82,7 @@ INT8 = Numbers(
 
 def kernel(numbers: Numbers) -> str:
     """IR of the chunk, the setup and the end; needs `products`."""
-    return "\n".join([_chunk(numbers), _setup(numbers), finish(numbers.name, WORDS, numbers)])
+    return "\n".join([_chunk(numbers), _setup(numbers), begin_and_end(numbers.name, WORDS, numbers)])
 
 
 def products(numbers: Numbers, *, has_tiles: bool) -> str:
@@ -94,7 +94,7 @@ def products(numbers: Numbers, *, has_tiles: bool) -> str:
     parts = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
     if has_tiles:
         parts += [tiles.blocks(numbers.name, numbers.tiles), tiles.products(numbers.name)]
-    parts += [_any(numbers, has_tiles=has_tiles), _taken(numbers, has_tiles=has_tiles), _rows(numbers)]
+    parts += [_any(numbers, has_tiles=has_tiles), _own(numbers, has_tiles=has_tiles), _rows(numbers)]
     return "\n".join([numbers.declarations, *parts])
 
 
@@ -286,7 +286,7 @@ exit:
 
 
 def _any(numbers: Numbers, *, has_tiles: bool) -> str:
-    """@NAME_any(TILES): by the form that these sizes take, x being as @NAME_taken gives it."""
+    """@NAME_any(TILES): by the form that these sizes take, x being the thread's own."""
     calls = "\n".join(
         f"case{rows}:\n  call void @{numbers.name}_{rows}x{outs}({TILES})\n  ret void"
         for rows, outs in BLOCKS
@@ -294,9 +294,7 @@ def _any(numbers: Numbers, *, has_tiles: bool) -> str:
     by_tiles = f"""{is_whole(numbers)}
   br i1 %is_whole, label %by_tiles, label %by_lanes
 by_tiles:
-{tiles.CONFIGURE}
   call void @{numbers.name}_tiles({TILES}, i64 %row_bytes)
-{tiles.RELEASE}
   ret void"""
     return f"""
 define internal void @{numbers.name}_any({TILES}) noinline {{
@@ -319,40 +317,50 @@ def is_whole(numbers: Numbers) -> str:
   %is_whole = icmp eq i64 %row_odd, 0"""
 
 
-def _taken(numbers: Numbers, *, has_tiles: bool) -> str:
-    """@NAME_taken(x, T, I): x as the products take it, and @NAME_release, which lets go of that."""
-    take, release = "  ret ptr %x", "  ret void"
+def _own(numbers: Numbers, *, has_tiles: bool) -> str:
+    """@NAME_take(x, T, I): x as @NAME_any takes it, for one thread, and @NAME_leave(that, I), which lets go of it.
+
+    Tiles are packed by every thread for itself: what another core has written is slow to read.
+    """
+    take, leave = "  ret ptr %x", "  ret void"
     if has_tiles:
         take = f"""{is_whole(numbers)}
   br i1 %is_whole, label %pack, label %as_it_is
 pack:
+{tiles.CONFIGURE}
   %packed = call ptr @tile_pack(ptr %x, i64 %T, i64 %row_bytes)
   ret ptr %packed
 as_it_is:
   ret ptr %x"""
-        release = f"""{is_whole(numbers)}
+        leave = f"""{is_whole(numbers)}
   br i1 %is_whole, label %packed, label %as_it_is
 packed:
-  call void @free(ptr %x)
+{tiles.RELEASE}
+  call void @free(ptr %own)
   ret void
 as_it_is:
   ret void"""
     return f"""
-define internal ptr @{numbers.name}_taken(ptr %x, i64 %T, i64 %I) {{
+define internal ptr @{numbers.name}_take(ptr %x, i64 %T, i64 %I) {{
 {take}
 }}
-define internal void @{numbers.name}_release(ptr %x, i64 %I) {{
-{release}
+define internal void @{numbers.name}_leave_own(ptr %own, i64 %I) {{
+{leave}
 }}
 """
 
 
-def finish(name: str, words: list[tuple[str, str]], numbers: Numbers) -> str:
-    """IR of @NAME_finish of a kernel whose operands are these: lets go of its x."""
+def begin_and_end(name: str, words: list[tuple[str, str]], numbers: Numbers) -> str:
+    """IR of @NAME_begin and @NAME_end of a kernel with these operands: its threads' own x."""
     return f"""
-define internal void @{name}_finish(ptr %operands) {{
-{loaded([word for word in words if word[0] in ("x", "I")], words)}
-  call void @{numbers.name}_release(ptr %x, i64 %I)
+define internal ptr @{name}_begin(ptr %operands) {{
+{loaded(words)}
+  %own = call ptr @{numbers.name}_take(ptr %x, i64 %T, i64 %I)
+  ret ptr %own
+}}
+define internal void @{name}_end(ptr %operands, ptr %own) {{
+{loaded(words)}
+  call void @{numbers.name}_leave_own(ptr %own, i64 %I)
   ret void
 }}
 """
@@ -361,8 +369,8 @@ define internal void @{name}_finish(ptr %operands) {{
 def _chunk(numbers: Numbers) -> str:
     """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
     return f"""
-define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk) {{
-{loaded(WORDS)}
+define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
+{loaded(WORDS, but=("x",))}
   %chunk_next = add i64 %chunk, 1
   %a = mul i64 %chunk, %tiles
   %b = mul i64 %chunk_next, %tiles
@@ -384,15 +392,14 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %x_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 0)
   %weight_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 1)
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
-  %x_rows = call ptr @data(ptr %x_buffer)
+  %x = call ptr @data(ptr %x_buffer)
   %weight = call ptr @data(ptr %weight_buffer)
   %out = call ptr @data(ptr %out_buffer)
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %weight_buffer, i64 0)
   %out_bytes = mul i64 %O, 4
-  %T = call i64 @{numbers.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %x = call ptr @{numbers.name}_taken(ptr %x_rows, i64 %T, i64 %I)
+  %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %above = add i64 %O, {UNIT - 1}
   %tiles = udiv i64 %above, {UNIT}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})

@@ -25,8 +25,8 @@ OUTPUTS = "ptr %x, ptr %gate, ptr %up, ptr %out, i64 %T, i64 %F, i64 %I, i64 %ti
 def kernel(*, has_tiles: bool) -> str:
     """IR of the activation, the chunk, the setup and the end; needs `dot.products` of bfloat16 and @power."""
     by_tiles = [_tile(), _by_tiles()] if has_tiles else []
-    end = dot.finish(NAME, WORDS, dot.BFLOAT16)
-    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(), end])
+    of_threads = dot.begin_and_end(NAME, WORDS, dot.BFLOAT16)
+    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(), of_threads])
 
 
 def _activation() -> str:
@@ -181,10 +181,7 @@ def _chunk(*, has_tiles: bool) -> str:
     """@NAME_chunk: 16 outputs by 16, two products and what becomes of them."""
     begin, each = "", f"  call void @gated_by_lanes({OUTPUTS})"
     if has_tiles:
-        begin = f"""{dot.is_whole(dot.BFLOAT16)}
-  br i1 %is_whole, label %configure, label %begin_each
-configure:
-{tiles.CONFIGURE}"""
+        begin = dot.is_whole(dot.BFLOAT16)
         each = f"""  br i1 %is_whole, label %by_tiles, label %by_lanes
 by_tiles:
   call void @gated_by_tiles({OUTPUTS}, i64 %row_bytes)
@@ -200,12 +197,9 @@ stored:"""
   %up_item = mul i64 %up_row, %I
   %up = getelementptr bfloat, ptr %weight, i64 %up_item
 {each}"""
-    end = f"""  br i1 %is_whole, label %release, label %exit
-release:
-{tiles.RELEASE}""" if has_tiles else ""
     return f"""
-define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
-{loaded(WORDS)}
+define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
+{loaded(WORDS, but=("x",))}
   %first_at = getelementptr float, ptr %factors, i64 0
   %third_at = getelementptr float, ptr %factors, i64 1
   %first = load float, ptr %first_at
@@ -222,9 +216,6 @@ define internal void @{NAME}_chunk(ptr %operands, i64 %chunk) {{
   br label %begin_each
 begin_each:
 {loop("outputs", "%begin", "%end", dot.TILE, body, "begin_each")}
-{end}
-  br label %exit
-exit:
   ret void
 }}
 """
@@ -234,7 +225,7 @@ def _setup() -> str:
     """@NAME_setup: arguments are x, weight, the two factors."""
     arguments = joined([
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{'x_rows' if name == 'x' else name} = call ptr @data(ptr %{name}_buffer)"
+        f"  %{name} = call ptr @data(ptr %{name}_buffer)"
         for index, name in enumerate(("x", "weight", "factors"))
     ])
     return f"""
@@ -246,8 +237,7 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %F = call i64 @size(ptr %out_buffer, i64 1)
   %out_bytes = mul i64 %F, 2
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %x = call ptr @{dot.BFLOAT16.name}_taken(ptr %x_rows, i64 %T, i64 %I)
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %above = add i64 %F, {dot.TILE - 1}
   %tiles = udiv i64 %above, {dot.TILE}
   %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {dot.CHUNKS_MAX})

@@ -67,7 +67,7 @@ def shared() -> str:
 
 def variant(spelling: Variant) -> str:
     """IR of one variant's unpacking, chunk and setup."""
-    parts = (_unpack(spelling), _chunk(spelling), _setup(spelling), dot.finish(spelling.name, WORDS, dot.BFLOAT16))
+    parts = (_unpack(spelling), _chunk(spelling), _setup(spelling), dot.begin_and_end(spelling.name, WORDS, dot.BFLOAT16))
     return "\n".join(parts)
 
 
@@ -213,9 +213,9 @@ exit:
 def _chunk(spelling: Variant) -> str:
     """@NAME_chunk: tile by tile, 16 rows of weights are unpacked, then met by all rows of x."""
     return f"""
-define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk) {{
+define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
 entry:
-{loaded(WORDS)}
+{loaded(WORDS, but=("x",))}
   %chunk_next = add i64 %chunk, 1
   %a = mul i64 %chunk, %tiles
   %b = mul i64 %chunk_next, %tiles
@@ -267,7 +267,7 @@ def _setup(spelling: Variant) -> str:
     arguments = ["x", "code", "scale"] + (["extra"] if spelling.extra != "none" else [])
     buffers = "\n".join(
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{'x_rows' if name == 'x' else name} = call ptr @data(ptr %{name}_buffer)"
+        f"  %{name} = call ptr @data(ptr %{name}_buffer)"
         for index, name in enumerate(arguments)
     )
     if spelling.extra == "none":
@@ -283,8 +283,7 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %code_buffer, i64 0)
   %out_bytes = mul i64 %O, 4
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x_rows, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %x = call ptr @{dot.BFLOAT16.name}_taken(ptr %x_rows, i64 %T, i64 %I)
+  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
   %above = add i64 %O, {dot.TILE - 1}

@@ -1,7 +1,8 @@
 """LLVM IR that every native kernel shares: XLA's call frame, and a loop over chunks on XLA's own threads.
 
-A kernel brings `@NAME_chunk(ptr %operands, i64 %chunk)`, `@NAME_setup(ptr %operands, ptr %frame)`, which says how many
-chunks there are, and `@NAME_finish(ptr %operands)`, and gets `@NAME`, which XLA calls. Threads take chunks from one counter, the calling one too; it
+A kernel brings `@NAME_setup(ptr %operands, ptr %frame)`, which says how many chunks there are, `@NAME_begin(ptr %operands)`,
+`@NAME_chunk(ptr %operands, i64 %chunk, ptr %own)` and `@NAME_end(ptr %operands, ptr %own)`, and gets `@NAME`, which XLA
+calls. A thread that has taken a chunk begins once, keeps what that gave as its own, and ends. Threads take chunks from one counter, the calling one too; it
 then waits for those that others took. A helper that comes late finds nothing left, so no thread ever waits for one that
 has not begun.
 
@@ -65,11 +66,11 @@ def header(path: Path) -> tuple[dict[str, int], tuple[int, int]]:
     return functions, (version["MAJOR"], version["MINOR"])
 
 
-def loaded(words: list[tuple[str, str]], among: list[tuple[str, str]] | None = None) -> str:
-    """IR that reads a kernel's operands, (name, type) in order, from its context; or these `among` all."""
+def loaded(words: list[tuple[str, str]], but: tuple[str, ...] = ()) -> str:
+    """IR that reads a kernel's operands, (name, type) in order, from its context."""
     return "\n".join(
         f"  %{name}_word = getelementptr i64, ptr %operands, i64 {index}\n  %{name} = load {kind}, ptr %{name}_word"
-        for index, (name, kind) in enumerate(among or words) if (name, kind) in words
+        for index, (name, kind) in enumerate(words) if name not in but
     )
 
 
@@ -115,16 +116,10 @@ pause:
   call void @llvm.x86.sse2.pause()
   br label %wait
 end:
-  call void @{name}_finish(ptr %operands)
   call void @{name}_leave(ptr %context)
   ret ptr null
 }}
 """
-
-
-def nothing_to_finish(name: str) -> str:
-    """IR of a @NAME_finish for kernels that keep nothing beyond a chunk."""
-    return f"\ndefine internal void @{name}_finish(ptr %operands) {{\n  ret void\n}}\n"
 
 
 def _workers(name: str) -> str:
@@ -137,15 +132,22 @@ entry:
   %chunks_at = getelementptr i64, ptr %context, i64 {_CHUNKS}
   %operands = getelementptr i64, ptr %context, i64 {_OPERANDS}
   %chunks = load i64, ptr %chunks_at
-  br label %take
-take:
-  %chunk = atomicrmw add ptr %next, i64 1 acq_rel
-  %some = icmp slt i64 %chunk, %chunks
-  br i1 %some, label %run, label %none
+  %first = atomicrmw add ptr %next, i64 1 acq_rel
+  %any = icmp slt i64 %first, %chunks
+  br i1 %any, label %begin, label %none
+begin:
+  %own = call ptr @{name}_begin(ptr %operands)
+  br label %run
 run:
-  call void @{name}_chunk(ptr %operands, i64 %chunk)
+  %chunk = phi i64 [%first, %begin], [%later, %run]
+  call void @{name}_chunk(ptr %operands, i64 %chunk, ptr %own)
   %before = atomicrmw add ptr %done, i64 1 acq_rel
-  br label %take
+  %later = atomicrmw add ptr %next, i64 1 acq_rel
+  %more = icmp slt i64 %later, %chunks
+  br i1 %more, label %run, label %end
+end:
+  call void @{name}_end(ptr %operands, ptr %own)
+  ret void
 none:
   ret void
 }}
