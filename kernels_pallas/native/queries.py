@@ -124,7 +124,34 @@ def _products(
 
 
 def _weights() -> str:
-    """@attend_weights: scores to bfloat16 weights [BATCH, BLOCK] under each query's new highest score; its state."""
+    """@attend_weights: scores to bfloat16 weights [BATCH, BLOCK] under each query's new highest score; its state.
+
+    Two loops over the queries: what is long in one query is a chain of instructions, and several of them run at once.
+    """
+    return f"""
+define internal void @attend_weights(
+  ptr noalias %states, ptr noalias %scores, ptr noalias %weights, i64 %query, i64 %count, i64 %at, i64 %window,
+  float %scale_power
+) noinline {{
+entry:
+  %falls = alloca [{BATCH} x float], align 64
+  %keeps = alloca [{BATCH} x float], align 64
+  store {VECTOR} zeroinitializer, ptr %falls, align 64
+{broadcast("scales", "%scale_power")}
+  %window_short = trunc i64 %window to i32
+{broadcast("windows", "%window_short", "i32")}
+{loop("n", "0", "%count", 1, _highest(), "entry")}
+  %falls_all = load {VECTOR}, ptr %falls, align 64
+  %keeps_all = call {VECTOR} @power({VECTOR} %falls_all)
+  store {VECTOR} %keeps_all, ptr %keeps, align 64
+{loop("m", "0", "%count", 1, _weigh(), "n_end")}
+  ret void
+}}
+"""
+
+
+def _highest() -> str:
+    """A query's scores, scaled, those that it does not see being NOTHING; its highest, and how far that has risen."""
     lines = []
     for r in REGISTERS:
         lines.append(
@@ -134,58 +161,61 @@ def _weights() -> str:
             f"  %raw{r}_at = getelementptr float, ptr %scores, i64 %raw{r}_item\n"
             f"  %raw{r} = load {VECTOR}, ptr %raw{r}_at, align 64\n"
             f"  %scaled{r} = fmul {VECTOR} %raw{r}, %scales\n"
-            f"  %score{r} = select <16 x i1> %seen{r}, {VECTOR} %scaled{r}, {splat(NOTHING)}\n"
-            + larger(f"number{r}", f"%score{r}", splat(NOTHING).removeprefix(VECTOR + " "))    # NaN is no highest score
+            f"  %masked{r} = select <16 x i1> %seen{r}, {VECTOR} %scaled{r}, {splat(NOTHING)}\n"
+            + larger(f"score{r}", f"%masked{r}", splat(NOTHING).removeprefix(VECTOR + " "))    # NaN, too, is NOTHING
+            + f"\n  store {VECTOR} %score{r}, ptr %raw{r}_at, align 64"
         )
-    lines += [larger("most_low", "%number0", "%number1"), larger("most_high", "%number2", "%number3")]
-    lines += [larger("most", "%most_low", "%most_high"), largest("most_one", "%most")]
-    lines.append(f"""  %higher = fcmp ogt float %most_one, %top
-  %top_new = select i1 %higher, float %most_one, float %top
-  %fall = fsub float %top, %top_new
-{broadcast("falls", "%fall")}
-  %keeps = call {VECTOR} @power({VECTOR} %falls)
-  %keep = extractelement {VECTOR} %keeps, i64 0
-{broadcast("tops", "%top_new")}""")
-    for r in REGISTERS:
-        lines.append(
-            f"  %below{r} = fsub {VECTOR} %score{r}, %tops\n"
-            f"  %power{r} = call {VECTOR} @power({VECTOR} %below{r})\n"
-            f"  %weight{r} = select <16 x i1> %seen{r}, {VECTOR} %power{r}, {VECTOR} zeroinitializer\n"
-            f"  %short{r} = fptrunc {VECTOR} %weight{r} to <16 x bfloat>\n"
-            f"  %short{r}_at = getelementptr bfloat, ptr %weights, i64 %raw{r}_item\n"
-            f"  store <16 x bfloat> %short{r}, ptr %short{r}_at, align 32"
-        )
-    lines.append(f"""  %sum_low = fadd {VECTOR} %weight0, %weight1
-  %sum_high = fadd {VECTOR} %weight2, %weight3
-  %sum = fadd {VECTOR} %sum_low, %sum_high""")
-    states = [read("end", "%number"), read("top", "%number"), read("total", "%number"), field("keep", "%number")]
-    body = f"""  %number = add i64 %query, %n
+    return f"""  %number = add i64 %query, %n
   %row = mul i64 %n, {BLOCK}
-{joined(states)}
+{joined([read("end", "%number"), read("top", "%number")])}
   %low_far = sub i64 %end, %window
   %low_in = sub i64 %low_far, %at
   %low = trunc i64 %low_in to i32
 {broadcast("lows", "%low", "i32")}
 {joined(lines)}
+{larger("most_low", "%score0", "%score1")}
+{larger("most_high", "%score2", "%score3")}
+{larger("most", "%most_low", "%most_high")}
+{largest("most_one", "%most")}
+  %higher = fcmp ogt float %most_one, %top
+  %top_new = select i1 %higher, float %most_one, float %top
+  %fall = fsub float %top, %top_new
+  %fall_at = getelementptr float, ptr %falls, i64 %n
+  store float %fall, ptr %fall_at
+  store float %top_new, ptr %top_at"""
+
+
+def _weigh() -> str:
+    """A query's weights, and what its sums and its weights so far are worth."""
+    lines = []
+    for r in REGISTERS:
+        lines.append(
+            f"  %weigh{r}_item = add i64 %weigh_row, {r * LANES}\n"
+            f"  %weigh{r}_at = getelementptr float, ptr %scores, i64 %weigh{r}_item\n"
+            f"  %of{r} = load {VECTOR}, ptr %weigh{r}_at, align 64\n"
+            f"  %is_seen{r} = fcmp ogt {VECTOR} %of{r}, {splat(NOTHING).removeprefix(VECTOR + ' ')}\n"
+            f"  %below{r} = fsub {VECTOR} %of{r}, %tops\n"
+            f"  %power{r} = call {VECTOR} @power({VECTOR} %below{r})\n"
+            f"  %weight{r} = select <16 x i1> %is_seen{r}, {VECTOR} %power{r}, {VECTOR} zeroinitializer\n"
+            f"  %short{r} = fptrunc {VECTOR} %weight{r} to <16 x bfloat>\n"
+            f"  %short{r}_at = getelementptr bfloat, ptr %weights, i64 %weigh{r}_item\n"
+            f"  store <16 x bfloat> %short{r}, ptr %short{r}_at, align 32"
+        )
+    return f"""  %of_m = add i64 %query, %m
+  %weigh_row = mul i64 %m, {BLOCK}
+{joined([read("top", "%of_m", "_m"), read("total", "%of_m"), field("keep", "%of_m")])}
+{broadcast("tops", "%top_m")}
+{joined(lines)}
+  %sum_low = fadd {VECTOR} %weight0, %weight1
+  %sum_high = fadd {VECTOR} %weight2, %weight3
+  %sum = fadd {VECTOR} %sum_low, %sum_high
   %sum_one = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {VECTOR} %sum)
+  %keep_from = getelementptr float, ptr %keeps, i64 %m
+  %keep = load float, ptr %keep_from
   %total_kept = fmul float %total, %keep
   %total_new = fadd float %total_kept, %sum_one
-  store float %top_new, ptr %top_at
   store float %total_new, ptr %total_at
   store float %keep, ptr %keep_at"""
-    return f"""
-define internal void @attend_weights(
-  ptr noalias %states, ptr noalias %scores, ptr noalias %weights, i64 %query, i64 %count, i64 %at, i64 %window,
-  float %scale_power
-) noinline {{
-entry:
-{broadcast("scales", "%scale_power")}
-  %window_short = trunc i64 %window to i32
-{broadcast("windows", "%window_short", "i32")}
-{loop("n", "0", "%count", 1, body, "entry")}
-  ret void
-}}
-"""
 
 
 def _sums() -> str:
