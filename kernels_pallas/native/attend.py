@@ -14,7 +14,7 @@ is NaN), each query of the block gets values of its own.
 from __future__ import annotations
 
 from kernels_pallas.native import blocks, items, queries, query_tiles, tiles
-from kernels_pallas.native.blocks import BLOCK, SOURCE
+from kernels_pallas.native.blocks import BLOCK, DIM_STEP, SOURCE
 from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
@@ -25,6 +25,7 @@ DIM_MAX = 256
 
 POINTERS = ("q", "k", "v", "pages", "tokens", "rows", "positions", "sizes", "settings", "scale", "sinks", "out")
 WORDS = [(name, "ptr") for name in POINTERS] + [("K", "i64"), ("all_items", "i64")]
+OF_STEP = {"q": "q_all", "out": "out_all"}      # in a chunk, whose own queries and sums have the short names
 SETTINGS = ("window", "N", "S", "M", "H", "span")     # int32
 
 
@@ -41,25 +42,32 @@ def kernel(*, has_tiles: bool) -> str:
 
 
 def _begin() -> str:
-    """@attend_begin: the chunk's queries before their first slot; number n is token n / G, head n % G."""
+    """@attend_begin: an item's queries before their first slot, side by side; number n is token n / G, head n % G."""
+    copy = f"""  %from_at = getelementptr bfloat, ptr %from, i64 %d
+  %some = load <{DIM_STEP} x bfloat>, ptr %from_at, align 2
+  %to_at = getelementptr bfloat, ptr %to, i64 %d
+  store <{DIM_STEP} x bfloat> %some, ptr %to_at, align 64"""
     body = f"""  %later = udiv i64 %n, %G
   %of_group = urem i64 %n, %G
   %head = add i64 %head_first, %of_group
   %token_now = add i64 %token, %later
   %token_heads = mul i64 %token_now, %N
   %row = add i64 %token_heads, %head
-  %item_now = mul i64 %row, %H
+  %place = mul i64 %row, %H
+  %number = add i64 %base, %n
+  %item = mul i64 %number, %H
   %position_now = add i64 %position, %later
   %end_now = add i64 %position_now, 1
   %sink_at = getelementptr float, ptr %sinks, i64 %head
   %sink = load float, ptr %sink_at
-{queries.first_state("%n", "%item_now", "%end_now", "%sink")}
-  %bytes = mul i64 %H, 4
-  %sums = getelementptr float, ptr %out, i64 %item_now
-  call void @llvm.memset.p0.i64(ptr %sums, i8 0, i64 %bytes, i1 false)"""
+{queries.first_state("%number", "%item", "%place", "%end_now", "%sink")}
+  %from = getelementptr bfloat, ptr %q, i64 %place
+  %to = getelementptr bfloat, ptr %own, i64 %item
+{loop("d", "0", "%H", DIM_STEP, copy, "n_loop")}"""
     return f"""
 define internal void @attend_begin(
-  ptr %out, ptr %states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token, i64 %position, i64 %queries
+  ptr %q, ptr %own, ptr %states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token, i64 %position,
+  i64 %base, i64 %queries
 ) noinline {{
 entry:
 {loop("n", "0", "%queries", 1, body, "entry")}
@@ -73,17 +81,20 @@ def _finish() -> str:
     scale = f"""  %sum_at = getelementptr float, ptr %sums, i64 %d
   %sum = load {VECTOR}, ptr %sum_at, align 4
   %mean = fmul {VECTOR} %sum, %parts
-  store {VECTOR} %mean, ptr %sum_at, align 4"""
+  %to_at = getelementptr float, ptr %to, i64 %d
+  store {VECTOR} %mean, ptr %to_at, align 4"""
     body = f"""{queries.read("item", "%n")}
+{queries.read("place", "%n")}
 {queries.read("total", "%n")}
-  %sums = getelementptr float, ptr %out, i64 %item
+  %sums = getelementptr float, ptr %own, i64 %item
+  %to = getelementptr float, ptr %out, i64 %place
   %empty = fcmp oeq float %total, 0.0
   %divisor = select i1 %empty, float 1.0, float %total
   %part = fdiv float 1.0, %divisor
 {broadcast("parts", "%part")}
 {loop("d", "0", "%H", LANES, scale, "n_loop")}"""
     return f"""
-define internal void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries) noinline {{
+define internal void @attend_finish(ptr %own, ptr %out, ptr %states, i64 %H, i64 %queries) noinline {{
 entry:
 {loop("n", "0", "%queries", 1, body, "entry")}
   ret void
@@ -140,9 +151,10 @@ batch:
   %slots_even = add i64 %slots, 1
   %pairs = udiv i64 %slots_even, 2
   call void @attend_scores{by}(ptr %q, ptr %states, ptr %keys, ptr %scores, i64 %H, i64 %query, i64 %count)
-  call void @attend_weights(ptr %states, ptr %scores, ptr %weights, i64 %query, i64 %count, i64 %at, i64 %window,
+  %has_risen = call i1 @attend_weights(ptr %states, ptr %scores, ptr %weights, i64 %query, i64 %count, i64 %at, i64 %window,
     float %scale_power)
-  call void @attend_sums{by}(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs)
+  call void @attend_sums{by}(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs,
+    i1 %has_risen)
   br label %batch_end
 batch_end:
   %more = icmp slt i64 %query_next, %query_stop
@@ -162,16 +174,14 @@ def _begin_item() -> str:
   %of_item = load i64, ptr %of_item_at
   %base_at = getelementptr i64, ptr %note, i64 {ITEM["query"][1]}
   %base = load i64, ptr %base_at
-  %base_byte = mul i64 %base, {STATE_BYTES}
-  %own_states = getelementptr i8, ptr %states, i64 %base_byte
   %token_at = getelementptr i32, ptr %tokens, i64 %number
   %token_short = load i32, ptr %token_at
   %token = sext i32 %token_short to i64
   %position_at = getelementptr i32, ptr %positions, i64 %number
   %position_short = load i32, ptr %position_at
   %position = sext i32 %position_short to i64
-  call void @attend_begin(ptr %out, ptr %own_states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first, i64 %token,
-    i64 %position, i64 %of_item)"""
+  call void @attend_begin(ptr %q_all, ptr %q, ptr %states, ptr %sinks, i64 %N, i64 %G, i64 %H, i64 %head_first,
+    i64 %token, i64 %position, i64 %base, i64 %of_item)"""
 
 
 def _threads(*, has_tiles: bool) -> str:
@@ -199,7 +209,7 @@ def _chunk() -> str:
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
 entry:
-{loaded(WORDS)}
+{loaded([(OF_STEP.get(name, name), kind) for name, kind in WORDS])}
 {settings}
   %group = udiv i64 %chunk, %K
   %kv_head = urem i64 %chunk, %K
@@ -229,10 +239,19 @@ begin:
   %weights = alloca [{BATCH * BLOCK} x bfloat], align 64
   %states_bytes = mul i64 %queries, {STATE_BYTES}
   %states = alloca i8, i64 %states_bytes, align 64
+  %batches_far = add i64 %queries, {2 * BATCH - 1}     ; a batch's last rows may lie past the last query
+  %rows_own = and i64 %batches_far, {-BATCH}
+  %numbers_own = mul i64 %rows_own, %H
+  %bytes_own = mul i64 %numbers_own, 6
+  %q = call ptr @aligned_alloc(i64 64, i64 %bytes_own)
+  %out = getelementptr bfloat, ptr %q, i64 %numbers_own
+  %sums_bytes = mul i64 %numbers_own, 4
+  call void @llvm.memset.p0.i64(ptr %out, i8 0, i64 %sums_bytes, i1 false)
 {loop("n", "0", "%item_count", 1, _begin_item(), "begin")}
   %first_block = and i64 %low, {-BLOCK}
 {loop("at", "%first_block", "%high", BLOCK, f"  call void @attend_block({BLOCK_OF_ITEMS})", "n_end")}
-  call void @attend_finish(ptr %out, ptr %states, i64 %H, i64 %queries)
+  call void @attend_finish(ptr %out, ptr %out_all, ptr %states, i64 %H, i64 %queries)
+  call void @free(ptr %q)
   br label %exit
 exit:
   ret void

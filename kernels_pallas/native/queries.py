@@ -3,7 +3,7 @@
 Each of the three is one pass over the batch, so that the long chain of instructions between a query's scores and its
 weights runs beside those of other queries. Four queries at a time fill 16 registers with scores (4 x 64 slots) or sums
 (4 x 64 head dimensions); a turn multiplies a pair of each with four registers of the block's buffer. Between blocks a
-query's sums rest in its row of the result, unscaled, and the rest of its online softmax in its state.
+query's sums rest in its row of the chunk's own, unscaled, and the rest of its online softmax in its state.
 Work: half a load a multiplication; some 100 instructions a query and block for its weights.
 Invariant: weights of slots that a query does not see are zero; a query's numbers do not depend on its batch.
 """
@@ -19,10 +19,13 @@ GROUP = 4           # of them, multiplied at once
 WIDE = BLOCK        # head dimensions whose sums are in registers at once; the rest, if any, is DIM_STEP
 NOTHING = -1e30     # finite, so that NOTHING - NOTHING is 0 and not NaN
 
-# A query's state: where it begins in q and in the result, the end of what it sees; its highest score so far, the
-# weights it has added up, and what sums so far are worth under a new highest score.
-STATE_BYTES = 32
-FIELDS = {"item": ("i64", 0), "end": ("i64", 8), "top": ("float", 16), "total": ("float", 20), "keep": ("float", 24)}
+# A query's state: where it begins in the chunk's queries and sums, and in those of the step; the end of what it sees; its
+# highest score so far, the weights it has added up, and what sums so far are worth under a new highest score.
+STATE_BYTES = 40
+FIELDS = {
+    "item": ("i64", 0), "place": ("i64", 8), "end": ("i64", 16), "top": ("float", 24), "total": ("float", 28),
+    "keep": ("float", 32),
+}
 VECTOR = "<16 x float>"
 REGISTERS = range(BLOCK // LANES)
 
@@ -126,10 +129,10 @@ def _products(
 def _weights() -> str:
     """@attend_weights: scores to bfloat16 weights [BATCH, BLOCK] under each query's new highest score; its state.
 
-    Two loops over the queries: what is long in one query is a chain of instructions, and several of them run at once.
+    Says whether a highest score has risen, so that sums so far are worth less. Two loops over the queries: what is long in one query is a chain of instructions, and several of them run at once.
     """
     return f"""
-define internal void @attend_weights(
+define internal i1 @attend_weights(
   ptr noalias %states, ptr noalias %scores, ptr noalias %weights, i64 %query, i64 %count, i64 %at, i64 %window,
   float %scale_power
 ) noinline {{
@@ -145,7 +148,10 @@ entry:
   %keeps_all = call {VECTOR} @power({VECTOR} %falls_all)
   store {VECTOR} %keeps_all, ptr %keeps, align 64
 {loop("m", "0", "%count", 1, _weigh(), "n_end")}
-  ret void
+  %falls_bits = bitcast {VECTOR} %falls_all to <8 x i64>
+  %falls_any = call i64 @llvm.vector.reduce.or.v8i64(<8 x i64> %falls_bits)
+  %has_risen = icmp ne i64 %falls_any, 0
+  ret i1 %has_risen
 }}
 """
 
@@ -237,7 +243,7 @@ done:"""
     return f"""
 define internal void @attend_sums(
   ptr noalias %out, ptr noalias %states, ptr noalias %values, ptr noalias %weights, i64 %H, i64 %query, i64 %count,
-  i64 %pairs
+  i64 %pairs, i1 %has_risen
 ) noinline {{
 entry:
   %in_last = sub i64 %count, 1
@@ -266,9 +272,9 @@ def _dims(name: str, width: int, dim: str, before: str) -> str:
     return joined([*loads, f"  %{name}_values = getelementptr i32, ptr %values, i64 {dim}", products, *stores])
 
 
-def first_state(query: str, item: str, end: str, sink: str) -> str:
+def first_state(query: str, item: str, place: str, end: str, sink: str) -> str:
     """IR of a query's state before its first slot; a sink is a score without a value."""
-    values = {"item": item, "end": end, "top": "%top_first", "total": "%total_first"}
+    values = {"item": item, "place": place, "end": end, "top": "%top_first", "total": "%total_first"}
     return joined([
         f"""  %has_sink = fcmp ogt float {sink}, {number(NOTHING)}
   %top_first = select i1 %has_sink, float {sink}, float {number(NOTHING)}

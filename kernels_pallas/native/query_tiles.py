@@ -1,7 +1,7 @@
 """Scores and weighted sums of a batch of up to 16 queries (`queries`) by tile registers (`tiles`).
 
 The block's buffers lie as tiles want them: a tile of keys is 16 pairs of head dimensions of 16 slots, one of values 16 pairs
-of slots of 16 head dimensions. Queries, and sums so far under their new highest score, are put side by side first.
+of slots of 16 head dimensions; a chunk's own queries and sums lie side by side.
 Work: 8 multiplications of tiles for 16 queries, 64 slots and 64 dimensions, and as many for values; the weights between
 them (`queries`) are most of what is left.
 Invariant: a query's numbers do not depend on its batch; rows of a tile that hold no query hold anything, and are not
@@ -27,16 +27,6 @@ def parts() -> str:
 
 
 def _scores() -> str:
-    copy = f"""  %from_at = getelementptr bfloat, ptr %from, i64 %copied
-  %piece = load <{DIM_STEP} x bfloat>, ptr %from_at, align 2
-  %to_at = getelementptr bfloat, ptr %to, i64 %copied
-  store <{DIM_STEP} x bfloat> %piece, ptr %to_at, align 64"""
-    gather = f"""  %number = add i64 %query, %n
-{read("item", "%number")}
-  %from = getelementptr bfloat, ptr %q, i64 %item
-  %to_row = mul i64 %n, %H
-  %to = getelementptr bfloat, ptr %own, i64 %to_row
-{loop("copied", "0", "%H", DIM_STEP, copy, "n_loop")}"""
     step = joined([
         "  %own_at = getelementptr bfloat, ptr %own, i64 %dim",
         tiles.load(OWN, "%own_at", "%row_bytes"),
@@ -53,11 +43,10 @@ define internal void @attend_scores_by_tiles(
 ) noinline {{
 entry:
   %row_bytes = mul i64 %H, 2
-  %own_bytes = mul i64 %row_bytes, {BATCH}
-  %own = alloca i8, i64 %own_bytes, align 64
-{loop("n", "0", "%count", 1, gather, "entry")}
+  %first = mul i64 %query, %H
+  %own = getelementptr bfloat, ptr %q, i64 %first
 {joined([tiles.zero(i) for i in range(SUMS)])}
-{loop("dim", "0", "%H", DIM_STEP, step, "n_end")}
+{loop("dim", "0", "%H", DIM_STEP, step, "entry")}
 {stores}
   ret void
 }}
@@ -78,50 +67,56 @@ def _shared(first: str, stride: str) -> list[str]:
 
 
 def _sums() -> str:
-    kept = f"""  %old_at = getelementptr float, ptr %row, i64 %d
-  %old = load {VECTOR}, ptr %old_at, align 4
+    """A whole batch's sums are added to where they are; those of fewer queries in a copy: behind them are others'."""
+    scale = f"""  %d_item = add i64 %n_item, %d
+  %old_at = getelementptr float, ptr %from, i64 %d_item
+  %old = load {VECTOR}, ptr %old_at, align 64
   %scaled = fmul {VECTOR} %old, %keeps
-  %kept_at = getelementptr float, ptr %own, i64 %d
+  %kept_at = getelementptr float, ptr %sums, i64 %d_item
   store {VECTOR} %scaled, ptr %kept_at, align 64"""
-    gather = f"""{_row("n")}
-{read("keep", "%n_number")}
+    rows = f"""  %number = add i64 %query, %n
+  %n_item = mul i64 %n, %H
+{read("keep", "%number")}
 {broadcast("keeps", "%keep")}
-{loop("d", "0", "%H", LANES, kept, "n_loop")}"""
-    back = f"""  %new_at = getelementptr float, ptr %m_own, i64 %e
-  %new = load {VECTOR}, ptr %new_at, align 64
-  %back_at = getelementptr float, ptr %m_row, i64 %e
-  store {VECTOR} %new, ptr %back_at, align 4"""
-    scatter = f"""{_row("m", "m_")}
-{loop("e", "0", "%H", LANES, back, "m_loop")}"""
+{loop("d", "0", "%H", LANES, scale, "n_loop")}"""
     return f"""
 define internal void @attend_sums_by_tiles(
-  ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs
+  ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs, i1 %has_risen
 ) noinline {{
 entry:
   %row_bytes = mul i64 %H, 4
+  %first = mul i64 %query, %H
+  %from = getelementptr float, ptr %out, i64 %first
+  %is_whole = icmp eq i64 %count, {BATCH}
   %own_bytes = mul i64 %row_bytes, {BATCH}
-  %sums = alloca i8, i64 %own_bytes, align 64
-{loop("n", "0", "%count", 1, gather, "entry")}
-{loop("dim", "0", "%H", DIM_STEP, _dims(), "n_end")}
-{loop("m", "0", "%count", 1, scatter, "dim_end")}
+  br i1 %is_whole, label %in_place, label %aside
+aside:
+  %copy = alloca i8, i64 %own_bytes, align 64
+  br label %scale
+in_place:
+  br i1 %has_risen, label %scale, label %scaled_all
+scale:
+  %sums = phi ptr [%from, %in_place], [%copy, %aside]
+{loop("n", "0", "%count", 1, rows, "scale")}
+  br label %scaled_all
+scaled_all:
+  %own = phi ptr [%from, %in_place], [%sums, %n_end]
+{loop("dim", "0", "%H", DIM_STEP, _dims(), "scaled_all")}
+  br i1 %is_whole, label %done, label %back
+back:
+  %back_bytes = mul i64 %row_bytes, %count
+  call void @llvm.memcpy.p0.p0.i64(ptr %from, ptr %own, i64 %back_bytes, i1 false)
+  br label %done
+done:
   ret void
 }}
 """
 
 
-def _row(n: str, prefix: str = "") -> str:
-    """IR of where a query's sums rest, %ROW in the result and %OWN side by side with the others'."""
-    return f"""  %{n}_number = add i64 %query, %{n}
-{read("item", f"%{n}_number", f"_{n}")}
-  %{prefix}row = getelementptr float, ptr %out, i64 %item_{n}
-  %{n}_item = mul i64 %{n}, %H
-  %{prefix}own = getelementptr float, ptr %sums, i64 %{n}_item"""
-
-
 def _dims() -> str:
     """Sums of two tiles of head dimensions from %dim on, over steps of 32 slots that somebody sees."""
     places = joined([
-        f"  %dim{i} = add i64 %dim, {LANES * i}\n  %sum{i} = getelementptr float, ptr %sums, i64 %dim{i}"
+        f"  %dim{i} = add i64 %dim, {LANES * i}\n  %sum{i} = getelementptr float, ptr %own, i64 %dim{i}"
         for i in range(2)
     ])
     step = joined([

@@ -27,6 +27,7 @@ _VERSION = re.compile(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)")
 DECLARATIONS = """
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare ptr @aligned_alloc(i64, i64)
 declare i64 @llvm.smin.i64(i64, i64)
 declare i64 @llvm.smax.i64(i64, i64)
 declare void @llvm.x86.sse2.pause()

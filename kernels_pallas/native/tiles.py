@@ -35,7 +35,6 @@ declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
 declare void @llvm.x86.tdpbssd(i8, i8, i8)
-declare ptr @aligned_alloc(i64, i64)
 @tile_shapes = internal constant [64 x i8] [{", ".join(f"i8 {byte}" for byte in _PALETTE)}], align 64
 """
 CONFIGURE = "  call void @llvm.x86.ldtilecfg(ptr @tile_shapes)"     # all eight, whole; per thread, until RELEASE
