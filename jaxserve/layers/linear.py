@@ -6,6 +6,8 @@ bfloat16 product runs at 1.5 GB/s of weights.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,15 @@ def matmul(x_TI: Array, weight_OI: Array | QTensor, axis: str | None = None) -> 
     if weight_OI.dtype.itemsize == 2 and x_TI.shape[0] <= ROWS_MAX:
         return jax.lax.platform_dependent(x_TI, weight_OI, cpu=lane_matmul, default=_dot)
     return _dot(x_TI, weight_OI)
+
+
+def matmul_rounded(x_TI: Array, weight_OI: Array, axis: str, dtype: DTypeLike) -> Array:
+    """x · weightᵀ of all devices, in `dtype` where nothing is left to be done in float32, else in float32."""
+    if x_TI.dtype == weight_OI.dtype == dtype and native.serves_dot(weight_OI.dtype, weight_OI.shape[0]):
+        return jax.lax.platform_dependent(
+            x_TI, weight_OI, cpu=partial(native.matmul, rounds=True), default=lambda x, w: _dot(x, w).astype(dtype)
+        )
+    return collectives.total(matmul(x_TI, weight_OI), axis, dtype)
 
 
 def _dot(x_TI: Array, weight_OI: Array) -> Array:
@@ -68,8 +79,10 @@ class Linear(nn.Module):
         axis = self.axes[1]
         if isinstance(self.weight_OI, QTensor):
             y_TO = self.weight_OI.matmul_total(x_TI, axis, self.dtype)
-        else:
+        elif self.has_bias:
             y_TO = collectives.total(matmul(x_TI, self.weight_OI), axis, self.dtype)
+        else:
+            y_TO = matmul_rounded(x_TI, self.weight_OI, axis, self.dtype)
         if self.has_bias:
             y_TO = y_TO + self.bias_O.astype(jnp.float32)
         return y_TO.astype(self.dtype)

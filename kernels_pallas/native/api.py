@@ -66,10 +66,11 @@ def serves_dot(dtype: DTypeLike, width_out: int) -> bool:
     return jnp.dtype(dtype) == jnp.bfloat16 and width_out >= dot.TILE and not refusals()
 
 
-def matmul(x_TI: Array, weight_OI: Array) -> Array:
-    """x · weightᵀ of bfloat16 in float32, [T, O]; a row gives the same bits beside any others."""
-    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(host.targets()[dot.BFLOAT16.name], shape)(x_TI, weight_OI)
+def matmul(x_TI: Array, weight_OI: Array, *, rounds: bool = False) -> Array:
+    """x · weightᵀ of bfloat16 in float32, [T, O], or rounded to bfloat16; a row gives the same bits beside any others."""
+    numbers, dtype = (dot.ROUNDED, jnp.bfloat16) if rounds else (dot.BFLOAT16, jnp.float32)
+    shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), dtype)
+    return jax.ffi.ffi_call(host.targets()[numbers.name], shape)(x_TI, weight_OI)
 
 
 def serves_gated(dtype: DTypeLike, width: int, activation: str) -> bool:

@@ -1,4 +1,5 @@
-"""x · weightᵀ: x [T, I], weight [O, I] as checkpoints store it, out [T, O]; bfloat16 to float32, or int8 to int32.
+"""x · weightᵀ: x [T, I], weight [O, I] as checkpoints store it, out [T, O]; bfloat16 to float32
+(ROUNDED: to bfloat16, once, at the end), or int8 to int32.
 
 Block: 16 sums, (rows x outputs) of 1 x 16, 2 x 8 or 4 x 4, each 16 lanes wide; a turn of the loop loads a register of
 every row and weight row of the block and multiplies them: 32 bfloat16 pairwise (AVX512-BF16 `vdpbf16ps`), 64 int8 four
@@ -13,7 +14,7 @@ Invariant: a row's result is made by the same additions in the same order whatev
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels_pallas.native import tiles
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
@@ -33,7 +34,8 @@ class Numbers:
     """A type of numbers that is multiplied.
 
     Attributes:
-      name: of the kernel.  item: LLVM's type of a number.  count: numbers of a register.  sum: type of a sum.
+      name: of the kernel.  item: LLVM's type of a number.  count: numbers of a register.  sum: type of a sum, and
+        `out` of what is stored of it.
       bits: an integer as wide as a number.  declarations: what the IR uses.
       multiply: IR of sum + row · weight, of three names.  weight: IR of a weight register %{0} from %{0}_in, or "".
       magnitude: the bits of 8 bytes that tell a number from zero; there may be a sign.
@@ -44,6 +46,7 @@ class Numbers:
     item: str
     count: int
     sum: str
+    out: str
     bits: str
     declarations: str
     multiply: Callable[[str, str, str], str]
@@ -55,6 +58,10 @@ class Numbers:
     def bytes(self) -> int:
         return 64 // self.count
 
+    @property
+    def out_bytes(self) -> int:
+        return 2 if self.out == "bfloat" else 4
+
 
 def _multiply_int8(before: str, row: str, weight: str) -> str:
     return (
@@ -63,14 +70,15 @@ def _multiply_int8(before: str, row: str, weight: str) -> str:
 
 
 BFLOAT16 = Numbers(
-    name="jaxserve_dot", item="bfloat", count=PAIRS, sum="float", bits="i16",
+    name="jaxserve_dot", item="bfloat", count=PAIRS, sum="float", out="float", bits="i16",
     declarations="declare <32 x i16> @llvm.masked.load.v32i16.p0(ptr, i32, <32 x i1>, <32 x i16>)\n",
     multiply=lambda before, row, weight: dot_pairs(f"<16 x float> {before}", row, weight),
     magnitude=0x7FFF_7FFF_7FFF_7FFF,
     tiles=tiles.BFLOAT16,
 )
+ROUNDED = replace(BFLOAT16, name="jaxserve_dot_rounded", out="bfloat", declarations="")
 INT8 = Numbers(
-    name="jaxserve_dot_i8", item="i32", count=2 * PAIRS, sum="i32", bits="i8",
+    name="jaxserve_dot_i8", item="i32", count=2 * PAIRS, sum="i32", out="i32", bits="i8",
     declarations="declare <64 x i8> @llvm.masked.load.v64i8.p0(ptr, i32, <64 x i1>, <64 x i8>)\n"
     "declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <16 x i32>, <16 x i32>)\n",
     multiply=_multiply_int8,
@@ -93,7 +101,7 @@ def products(numbers: Numbers, *, has_tiles: bool) -> str:
     """
     parts = [_block(numbers, rows, outs) + _tiles(numbers, rows, outs) for rows, outs in BLOCKS]
     if has_tiles:
-        parts += [tiles.blocks(numbers.name, numbers.tiles), tiles.products(numbers.name)]
+        parts.append(tiles.products(numbers.name, numbers.tiles, rounds=numbers.out != numbers.sum))
     parts += [_any(numbers, has_tiles=has_tiles), _own(numbers, has_tiles=has_tiles), _rows(numbers)]
     return "\n".join([numbers.declarations, *parts])
 
@@ -201,8 +209,11 @@ def _block(numbers: Numbers, rows: int, outs: int) -> str:
         f"{indices(list(range(m * outs, (m + 1) * outs)))}\n"
         f"  %out{m}_row = mul i64 %m{m}, %O\n"
         f"  %out{m}_item = add i64 %out{m}_row, %o0_first\n"
-        f"  %out{m}_at = getelementptr {numbers.sum}, ptr %out, i64 %out{m}_item\n"
-        f"  store <{outs} x {numbers.sum}> %out{m}_v, ptr %out{m}_at, align 4" for m in range(rows)
+        f"  %out{m}_at = getelementptr {numbers.out}, ptr %out, i64 %out{m}_item\n" + (
+            f"  store <{outs} x {numbers.sum}> %out{m}_v, ptr %out{m}_at, align 4" if numbers.out == numbers.sum else
+            f"  %out{m}_short = fptrunc <{outs} x float> %out{m}_v to <{outs} x bfloat>\n"
+            f"  store <{outs} x bfloat> %out{m}_short, ptr %out{m}_at, align 2"
+        ) for m in range(rows)
     )
     return f"""
 define internal void @{numbers.name}_block_{rows}x{outs}(
@@ -398,7 +409,7 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %weight_buffer, i64 0)
-  %out_bytes = mul i64 %O, 4
+  %out_bytes = mul i64 %O, {numbers.out_bytes}
   %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %above = add i64 %O, {UNIT - 1}
   %tiles = udiv i64 %above, {UNIT}

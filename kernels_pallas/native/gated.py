@@ -122,10 +122,8 @@ def _tile() -> str:
         f"  %token{t}_far = add i64 %token, {t}\n"
         f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
         f"  %out{t}_row = mul i64 %token{t}, %F\n  %out{t}_item = add i64 %out{t}_row, %tile\n"
-        f"  %to{t} = getelementptr bfloat, ptr %out, i64 %out{t}_item\n"
-        f"  %long{t} = bitcast <16 x i32> {turned[t]} to {VECTOR}\n"
-        f"  %short{t} = fptrunc {VECTOR} %long{t} to <16 x bfloat>\n"
-        f"  store <16 x bfloat> %short{t}, ptr %to{t}, align 2" for t in reversed(each)
+        f"  %to{t} = getelementptr bfloat, ptr %out, i64 %out{t}_item\n" + tiles.rounded(str(t), turned[t])
+        for t in reversed(each)
     ]
     body = f"""{_of_row()}
   %result_at = getelementptr {VECTOR}, ptr %results, i64 %row
@@ -154,12 +152,12 @@ def _by_tiles() -> str:
   %x_now = getelementptr i8, ptr %x, i64 %before
   br i1 %is_wide, label %wide, label %narrow
 narrow:
-  call void @{dot.BFLOAT16.name}_tiles_2x1(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
+  call void @{tiles.BFLOAT16.name}_tiles_2x1(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
   call void @gated_tile(ptr %sums, ptr %sums1, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
   br label %stored
 wide:
   %token1 = add i64 %token, {tiles.SIDE}
-  call void @{dot.BFLOAT16.name}_tiles_2x2(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
+  call void @{tiles.BFLOAT16.name}_tiles_2x2(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
   call void @gated_tile(ptr %sums, ptr %sums2, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
   call void @gated_tile(ptr %sums1, ptr %sums3, ptr %out, i64 %T, i64 %F, i64 %token1, i64 %tile, float %first,
     float %third)

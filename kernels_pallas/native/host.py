@@ -113,11 +113,11 @@ def _header() -> Path:
 
 def _plain() -> tuple[list[str], str]:
     kernels = {
-        dot.BFLOAT16.name: dot.kernel(dot.BFLOAT16), gated.NAME: gated.kernel(has_tiles=has_tiles()),
+        **{numbers.name: dot.kernel(numbers) for numbers in (dot.BFLOAT16, dot.ROUNDED)}, gated.NAME: gated.kernel(has_tiles=has_tiles()),
         attend.NAME: attend.kernel(has_tiles=has_tiles()),
     }
-    shared = [vectors.power_of_two(), dot.products(dot.BFLOAT16, has_tiles=has_tiles())]
-    return list(kernels), _module(shared, kernels)
+    products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.ROUNDED)]
+    return list(kernels), _module([vectors.power_of_two(), *products], kernels)
 
 
 def _packed() -> tuple[list[str], str]:

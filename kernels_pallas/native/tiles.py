@@ -43,20 +43,20 @@ RELEASE = "  call void @llvm.x86.tilerelease()"
 
 @dataclass(frozen=True, slots=True)
 class TileKind:
-    """What tiles hold: bytes of a number, the multiplication, and LLVM's type of a sum."""
+    """What tiles hold, and the multiplication that takes it."""
 
-    bytes: int
+    name: str
     multiply: str
-    sum: str
 
 
-BFLOAT16 = TileKind(2, "tdpbf16ps", "float")
-INT8 = TileKind(1, "tdpbssd", "i32")
+BFLOAT16 = TileKind("bf16", "tdpbf16ps")
+INT8 = TileKind("i8", "tdpbssd")
 
 
 def shared() -> str:
-    """IR of @tile_pack and @tile_store, for both kinds."""
-    return "\n".join([DECLARATIONS, _pack(), _store()])
+    """IR of what all kernels use: @tile_pack, @tile_store and @tile_store_rounded, and the blocks of both kinds."""
+    parts = [DECLARATIONS, _pack(), _store(rounds=False), _store(rounds=True)]
+    return "\n".join(parts + [_block(kind, *shape) for kind in (BFLOAT16, INT8) for shape in _SHAPES])
 
 
 def load(register: int, at: str, stride: str) -> str:
@@ -73,6 +73,15 @@ def zero(register: int) -> str:
 
 def multiply(kind: TileKind, sums: int, first: int, second: int) -> str:
     return f"  call void @llvm.x86.{kind.multiply}(i8 {sums}, i8 {first}, i8 {second})"
+
+
+def rounded(i: str, register: str) -> str:
+    """IR that stores float32 `register` (of type <16 x i32>) at %toI as bfloat16."""
+    return (
+        f"  %long{i} = bitcast <16 x i32> {register} to <16 x float>\n"
+        f"  %short{i} = fptrunc <16 x float> %long{i} to <16 x bfloat>\n"
+        f"  store <16 x bfloat> %short{i}, ptr %to{i}, align 2"
+    )
 
 
 def _pack() -> str:
@@ -118,8 +127,10 @@ entry:
 """
 
 
-def _store() -> str:
+def _store(*, rounds: bool) -> str:
     """@tile_store(sums, out, T, bytes of a result's row, first token, byte in it): 16 outputs of up to 16 tokens.
+
+    The other form rounds float32 to bfloat16.
 
     Tokens past the last hold what the last holds, and are stored there first.
     """
@@ -133,11 +144,11 @@ def _store() -> str:
         f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
         f"  %row{t} = mul i64 %token{t}, %out_bytes\n"
         f"  %byte{t} = add i64 %row{t}, %byte\n"
-        f"  %to{t} = getelementptr i8, ptr %out, i64 %byte{t}\n"
-        f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4" for t in reversed(range(LANES))
+        f"  %to{t} = getelementptr i8, ptr %out, i64 %byte{t}\n" + (rounded(str(t), turned[t]) if rounds else f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4")
+        for t in reversed(range(LANES))
     ])
     return f"""
-define internal void @tile_store(ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i64 %token, i64 %byte) noinline {{
+define internal void @tile_store{"_rounded" if rounds else ""}(ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i64 %token, i64 %byte) noinline {{
   %last = sub i64 %T, 1
 {loads}
 {joined(lines)}
@@ -147,16 +158,12 @@ define internal void @tile_store(ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i6
 """
 
 
-def blocks(name: str, kind: TileKind) -> str:
-    """IR of @NAME_tiles_WxT(x, W weights, sums, bytes of a row) for 1 and 2 tiles of weights and of tokens.
+def _block(kind: TileKind, weights: int, tokens: int) -> str:
+    """@KIND_tiles_WxT(x, W weights, sums, bytes of a row), for 1 and 2 tiles of weights and of tokens.
 
     x points to the first of its tokens' tiles, a weight to the first of its 16 rows; `sums` gets whole tiles, in order
     of weights, then tokens.
     """
-    return "\n".join(_block(name, kind, weights, tokens) for weights, tokens in _SHAPES)
-
-
-def _block(name: str, kind: TileKind, weights: int, tokens: int) -> str:
     pairs = list(product(range(weights), range(tokens)))
     loads = [
         f"  %now{w} = getelementptr i8, ptr %weight{w}, i64 %byte\n" + load(_WEIGHTS[w], f"%now{w}", "%row_bytes")
@@ -176,7 +183,7 @@ def _block(name: str, kind: TileKind, weights: int, tokens: int) -> str:
         for i in range(len(pairs))
     ])
     return f"""
-define internal void @{name}_tiles_{weights}x{tokens}(
+define internal void @{kind.name}_tiles_{weights}x{tokens}(
   ptr %x, {", ".join(f"ptr %weight{w}" for w in range(weights))}, ptr %sums, i64 %row_bytes
 ) noinline {{
 entry:
@@ -188,12 +195,13 @@ entry:
 """
 
 
-def products(name: str) -> str:
-    """IR of @NAME_tiles(ARGUMENTS): all rows of the outputs [begin, end), for packed x and rows of whole steps.
+def products(name: str, kind: TileKind, *, rounds: bool) -> str:
+    """IR of @NAME_tiles(ARGUMENTS, bytes of a row): all rows of the outputs [begin, end), for packed x and whole steps.
 
-    Needs `blocks`, and the thread's tiles configured. Tiles at the edge are moved back: they compute some twice.
+    Needs the thread's tiles configured. Tiles at the edge are moved back: they compute some twice.
     """
-    cases = joined([_case(name, *shape) for shape in _SHAPES])
+    cases = joined([_case(kind, *shape, rounds=rounds) for shape in _SHAPES])
+    out_bytes = 2 if rounds else 4
     tokens = f"""  %token_left = sub i64 %T, %token
   %is_wide = icmp sgt i64 %token_left, {SIDE}
   %before = mul i64 %token, %row_bytes
@@ -215,14 +223,14 @@ stored:"""
   %weight1_byte = mul i64 %output1, %row_bytes
   %weight0 = getelementptr i8, ptr %weight, i64 %weight0_byte
   %weight1 = getelementptr i8, ptr %weight, i64 %weight1_byte
-  %output_byte0 = mul i64 %output0, 4
-  %output_byte1 = mul i64 %output1, 4
+  %output_byte0 = mul i64 %output0, {out_bytes}
+  %output_byte1 = mul i64 %output1, {out_bytes}
 {loop("token", "0", "%T", 2 * SIDE, tokens, "first_loop")}"""
     return f"""
 define internal void @{name}_tiles({ARGUMENTS}, i64 %row_bytes) noinline {{
 entry:
   %sums = alloca [{4 * TILE_BYTES} x i8], align 64
-  %out_bytes = mul i64 %O, 4
+  %out_bytes = mul i64 %O, {out_bytes}
   %output_last = sub i64 %O, {SIDE}
 {loop("first", "%begin", "%end", UNIT, body, "entry")}
   ret void
@@ -230,17 +238,17 @@ entry:
 """
 
 
-def _case(name: str, weights: int, tokens: int) -> str:
+def _case(kind: TileKind, weights: int, tokens: int, *, rounds: bool) -> str:
     """One shape of block, and its sums to their places."""
     shape = f"{weights}x{tokens}"
     pointers = ", ".join(f"ptr %weight{w}" for w in range(weights))
     stores = joined([
         f"  %sum{shape}_{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}\n"
-        f"  call void @tile_store(ptr %sum{shape}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
+        f"  call void @tile_store{'_rounded' if rounds else ''}(ptr %sum{shape}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
         f"i64 %{'token1' if t else 'token'}, i64 %output_byte{w})"
         for i, (w, t) in enumerate(product(range(weights), range(tokens)))
     ])
     return f"""case{shape}:
-  call void @{name}_tiles_{shape}(ptr %x_now, {pointers}, ptr %sums, i64 %row_bytes)
+  call void @{kind.name}_tiles_{shape}(ptr %x_now, {pointers}, ptr %sums, i64 %row_bytes)
 {stores}
   br label %stored"""
