@@ -145,31 +145,27 @@ entry:
 
 def _by_tiles() -> str:
     """@gated_by_tiles: 16 outputs from %tile on, of all rows; the thread's tiles are configured before."""
-    sides = [tiles.TILE_BYTES * i for i in range(4)]
-    body = f"""  %left = sub i64 %T, %token
-  %is_wide = icmp sgt i64 %left, {tiles.SIDE}
-  %before = mul i64 %token, %row_bytes
-  %x_now = getelementptr i8, ptr %x, i64 %before
-  br i1 %is_wide, label %wide, label %narrow
-narrow:
-  call void @{tiles.BFLOAT16.name}_tiles_2x1(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
-  call void @gated_tile(ptr %sums, ptr %sums1, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
-  br label %stored
-wide:
-  %token1 = add i64 %token, {tiles.SIDE}
-  call void @{tiles.BFLOAT16.name}_tiles_2x2(ptr %x_now, ptr %gate, ptr %up, ptr %sums, i64 %row_bytes)
-  call void @gated_tile(ptr %sums, ptr %sums2, ptr %out, i64 %T, i64 %F, i64 %token, i64 %tile, float %first, float %third)
-  call void @gated_tile(ptr %sums1, ptr %sums3, ptr %out, i64 %T, i64 %F, i64 %token1, i64 %tile, float %first,
-    float %third)
-  br label %stored
-stored:"""
-    places = joined([f"  %sums{i} = getelementptr i8, ptr %sums, i64 {sides[i]}" for i in (1, 2, 3)])
+
+    def stores(tokens: int) -> str:
+        lines = [f"  %far{tokens} = add i64 %token2, {tiles.SIDE}"]
+        for t in range(tokens):
+            for side, name in enumerate(("gates", "ups")):
+                at = tiles.TILE_BYTES * (side * tokens + t)
+                lines.append(f"  %{name}{tokens}_{t} = getelementptr i8, ptr %sums2, i64 {at}")
+            lines.append(
+                f"  call void @gated_tile(ptr %gates{tokens}_{t}, ptr %ups{tokens}_{t}, ptr %out, i64 %T, i64 %F, "
+                f"i64 %{f'far{tokens}' if t else 'token2'}, i64 %tile, float %first, float %third)"
+            )
+        return joined(lines)
+
     return f"""
 define internal void @gated_by_tiles({OUTPUTS}, i64 %row_bytes) noinline {{
 entry:
-  %sums = alloca [{4 * tiles.TILE_BYTES} x i8], align 64
-{places}
-{loop("token", "0", "%T", 2 * tiles.SIDE, body, "entry")}
+  %weight0 = getelementptr i8, ptr %gate, i64 0
+  %weight1 = getelementptr i8, ptr %up, i64 0
+{tiles.SLABS}
+{tiles.over_tokens(tiles.BFLOAT16, 2, stores, "entry")}
+  call void @free(ptr %sums_all)
   ret void
 }}
 """

@@ -88,7 +88,7 @@ def joined(parts: list[str]) -> str:
     return "\n".join(parts)
 
 
-def loop(name: str, start: str, end: str, step: int, body: str, before: str) -> str:
+def loop(name: str, start: str, end: str, step: int | str, body: str, before: str) -> str:
     """A loop of %NAME from `start` while below `end`, entered from block `before`; goes on in block NAME_end."""
     return f"""  %{name}_some = icmp slt i64 {start}, {end}
   br i1 %{name}_some, label %{name}_loop, label %{name}_end

@@ -3,7 +3,8 @@
 A tile of weights is 64 bytes of 16 rows as checkpoints store them; a tile of x holds 4 bytes (two bfloat16, four int8) of
 16 tokens side by side, so x is put into that order first (`pack`), once a product. A block is up to 2 tiles of outputs x 2 of
 tokens: four loads feed four multiplications of 16 x 16 x 32 numbers. Sums are turned when they are stored.
-Traffic: the weights once from memory; x from the L2 cache for every 32 outputs.
+Traffic: the weights once from memory; x from the L2 cache for every 32 outputs, whose weights stay in the L1 cache, slab
+by slab of their rows.
 Work: 512 multiplications of bfloat16 a cycle and core, 16 times what a 512-bit register gives.
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (tile configuration), and volume 2
 (TDPBF16PS, TDPBSSD).
@@ -12,6 +13,7 @@ Invariant: a sum is made by the same additions in the same order whatever the ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -22,6 +24,8 @@ SIDE = 16               # rows of a tile, and its columns of 4 bytes
 STEP_BYTES = 64         # of a row, in a tile
 TILE_BYTES = SIDE * STEP_BYTES
 UNIT = 2 * SIDE         # outputs of a block
+SLAB_TOKENS_MIN = 64
+SLAB_BYTES = 1152       # of their rows: 36 KB stay in an L1 cache of 48 while all tokens pass by
 ARGUMENTS = "ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %begin, i64 %end"
 _WEIGHTS, _TOKENS = (4, 5), (6, 7)      # tile registers; sums are in the first four
 _SHAPES = tuple(product((1, 2), (1, 2)))
@@ -32,6 +36,7 @@ declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
 declare void @llvm.x86.tilezero(i8)
 declare void @llvm.x86.tileloadd64(i8, ptr, i64)
+declare void @llvm.x86.tileloaddt164(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
 declare void @llvm.x86.tdpbssd(i8, i8, i8)
@@ -61,6 +66,11 @@ def shared() -> str:
 
 def load(register: int, at: str, stride: str) -> str:
     return f"  call void @llvm.x86.tileloadd64(i8 {register}, ptr {at}, i64 {stride})"
+
+
+def pass_by(register: int, at: str, stride: str) -> str:
+    """As `load`, of what had better not push other numbers out of the L1 cache."""
+    return f"  call void @llvm.x86.tileloaddt164(i8 {register}, ptr {at}, i64 {stride})"
 
 
 def store(register: int, at: str, stride: str) -> str:
@@ -159,40 +169,101 @@ define internal void @tile_store{"_rounded" if rounds else ""}(ptr %sums, ptr %o
 
 
 def _block(kind: TileKind, weights: int, tokens: int) -> str:
-    """@KIND_tiles_WxT(x, W weights, sums, bytes of a row), for 1 and 2 tiles of weights and of tokens.
+    """@KIND_tiles_WxT(x, W weights, sums, bytes of a row, from, to), for 1 and 2 tiles of weights and of tokens.
 
-    x points to the first of its tokens' tiles, a weight to the first of its 16 rows; `sums` gets whole tiles, in order
-    of weights, then tokens.
+    x points to the first of its tokens' tiles, a weight to the first of its 16 rows. What bytes [from, to) of the rows
+    give is added to `sums`, whole tiles in order of weights, then tokens; with from = 0 they are written.
     """
     pairs = list(product(range(weights), range(tokens)))
     loads = [
         f"  %now{w} = getelementptr i8, ptr %weight{w}, i64 %byte\n" + load(_WEIGHTS[w], f"%now{w}", "%row_bytes")
         for w in range(weights)
     ] + [
-        f"  %tile{t} = getelementptr i8, ptr %tokens{t}, i64 %in_row\n" + load(_TOKENS[t], f"%tile{t}", str(STEP_BYTES))
+        f"  %tile{t} = getelementptr i8, ptr %tokens{t}, i64 %in_row\n" + pass_by(_TOKENS[t], f"%tile{t}", str(STEP_BYTES))
         for t in range(tokens)
     ]
-    sums = [multiply(kind, w * tokens + t, _WEIGHTS[w], _TOKENS[t]) for w, t in pairs]
-    body = joined([f"  %in_row = mul i64 %byte, {SIDE}", *loads, *sums])
-    starts = joined([
+    body = joined([f"  %in_row = mul i64 %byte, {SIDE}", *loads] + [
+        multiply(kind, w * tokens + t, _WEIGHTS[w], _TOKENS[t]) for w, t in pairs
+    ])
+    places = joined([
         f"  %before{t} = mul i64 %row_bytes, {SIDE * t}\n  %tokens{t} = getelementptr i8, ptr %x, i64 %before{t}"
         for t in range(tokens)
-    ] + [zero(w * tokens + t) for w, t in pairs])
-    stores = joined([
-        f"  %sum{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}\n" + store(i, f"%sum{i}", str(STEP_BYTES))
-        for i in range(len(pairs))
-    ])
+    ] + [f"  %sum{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}" for i in range(len(pairs))])
+    each = range(len(pairs))
     return f"""
 define internal void @{kind.name}_tiles_{weights}x{tokens}(
-  ptr %x, {", ".join(f"ptr %weight{w}" for w in range(weights))}, ptr %sums, i64 %row_bytes
+  ptr %x, {", ".join(f"ptr %weight{w}" for w in range(weights))}, ptr %sums, i64 %row_bytes, i64 %from, i64 %to
 ) noinline {{
 entry:
-{starts}
-{loop("byte", "0", "%row_bytes", STEP_BYTES, body, "entry")}
-{stores}
+{places}
+  %is_first = icmp eq i64 %from, 0
+  br i1 %is_first, label %first, label %later
+first:
+{joined([zero(i) for i in each])}
+  br label %add
+later:
+{joined([load(i, f"%sum{i}", str(STEP_BYTES)) for i in each])}
+  br label %add
+add:
+{loop("byte", "%from", "%to", STEP_BYTES, body, "add")}
+{joined([store(i, f"%sum{i}", str(STEP_BYTES)) for i in each])}
   ret void
 }}
 """
+
+
+SLABS = f"""
+  ; Rows are taken in equal slabs of {SLAB_BYTES} bytes at most, and of whole steps; whole where few tokens pass by.
+  %slabs_above = add i64 %row_bytes, {SLAB_BYTES - 1}
+  %slabs_many = udiv i64 %slabs_above, {SLAB_BYTES}
+  %are_few = icmp sle i64 %T, {SLAB_TOKENS_MIN}
+  %slabs = select i1 %are_few, i64 1, i64 %slabs_many
+  %slab_above = add i64 %row_bytes, %slabs
+  %slab_most = sub i64 %slab_above, 1
+  %slab_least = udiv i64 %slab_most, %slabs
+  %slab_over = add i64 %slab_least, {STEP_BYTES - 1}
+  %slab_bytes = and i64 %slab_over, {-STEP_BYTES}
+  %is_one_slab = icmp eq i64 %slabs, 1
+  %sums_step = select i1 %is_one_slab, i64 0, i64 {4 * TILE_BYTES}
+  %sums_blocks_above = add i64 %T, {2 * SIDE - 1}
+  %sums_blocks = udiv i64 %sums_blocks_above, {2 * SIDE}
+  %sums_blocks_used = select i1 %is_one_slab, i64 1, i64 %sums_blocks
+  %sums_bytes = mul i64 %sums_blocks_used, {4 * TILE_BYTES}
+  %sums_all = call ptr @aligned_alloc(i64 64, i64 %sums_bytes)"""
+
+
+def over_tokens(kind: TileKind, weights: int, stores: Callable[[int], str], before: str) -> str:
+    """IR of a loop over slabs and tokens, after SLABS: all rows times the `weights` tiles from %weight0 and %weight1 on.
+
+    Args:
+      stores: IR that puts the sums at %sums of so many tiles of tokens, from %token on, to their places.
+      before: the block it is entered from; goes on in block slabW_end.
+    """
+    pointers = ", ".join(f"ptr %weight{w}" for w in range(weights))
+    cases = joined([
+        f"""tokens{weights}x{tokens}:
+  call void @{kind.name}_tiles_{weights}x{tokens}(ptr %x{weights}_now, {pointers}, ptr %sums{weights}, i64 %row_bytes,
+    i64 %slab{weights}, i64 %slab{weights}_stop)
+  br i1 %is_last{weights}, label %store{weights}x{tokens}, label %done{weights}
+store{weights}x{tokens}:
+{stores(tokens)}
+  br label %done{weights}""" for tokens in (1, 2)
+    ])
+    inner = f"""  %left{weights} = sub i64 %T, %token{weights}
+  %is_wide{weights} = icmp sgt i64 %left{weights}, {SIDE}
+  %before{weights} = mul i64 %token{weights}, %row_bytes
+  %x{weights}_now = getelementptr i8, ptr %x, i64 %before{weights}
+  %sums{weights}_number = udiv i64 %token{weights}, {2 * SIDE}
+  %sums{weights}_byte = mul i64 %sums{weights}_number, %sums_step
+  %sums{weights} = getelementptr i8, ptr %sums_all, i64 %sums{weights}_byte
+  br i1 %is_wide{weights}, label %tokens{weights}x2, label %tokens{weights}x1
+{cases}
+done{weights}:"""
+    outer = f"""  %slab{weights}_far = add i64 %slab{weights}, %slab_bytes
+  %slab{weights}_stop = call i64 @llvm.smin.i64(i64 %slab{weights}_far, i64 %row_bytes)
+  %is_last{weights} = icmp eq i64 %slab{weights}_stop, %row_bytes
+{loop(f"token{weights}", "0", "%T", 2 * SIDE, inner, f"slab{weights}_loop")}"""
+    return loop(f"slab{weights}", "0", "%row_bytes", "%slab_bytes", outer, before)
 
 
 def products(name: str, kind: TileKind, *, rounds: bool) -> str:
@@ -200,20 +271,19 @@ def products(name: str, kind: TileKind, *, rounds: bool) -> str:
 
     Needs the thread's tiles configured. Tiles at the edge are moved back: they compute some twice.
     """
-    cases = joined([_case(kind, *shape, rounds=rounds) for shape in _SHAPES])
     out_bytes = 2 if rounds else 4
-    tokens = f"""  %token_left = sub i64 %T, %token
-  %is_wide = icmp sgt i64 %token_left, {SIDE}
-  %before = mul i64 %token, %row_bytes
-  %x_now = getelementptr i8, ptr %x, i64 %before
-  %token1 = add i64 %token, {SIDE}
-  br i1 %is_tall, label %tall, label %low
-tall:
-  br i1 %is_wide, label %case2x2, label %case2x1
-low:
-  br i1 %is_wide, label %case1x2, label %case1x1
-{cases}
-stored:"""
+
+    def stores(weights: int, tokens: int) -> str:
+        lines = [f"  %far{weights}x{tokens} = add i64 %token{weights}, {SIDE}"]
+        for i, (w, t) in enumerate(product(range(weights), range(tokens))):
+            token = f"%far{weights}x{tokens}" if t else f"%token{weights}"
+            lines.append(
+                f"  %sum{weights}x{tokens}_{i} = getelementptr i8, ptr %sums{weights}, i64 {TILE_BYTES * i}\n"
+                f"  call void @tile_store{'_rounded' if rounds else ''}(ptr %sum{weights}x{tokens}_{i}, ptr %out, i64 %T, "
+                f"i64 %out_bytes, i64 {token}, i64 %output_byte{w})"
+            )
+        return joined(lines)
+
     body = f"""  %left = sub i64 %end, %first
   %is_tall = icmp sgt i64 %left, {SIDE}
   %first_far = add i64 %first, {SIDE}
@@ -225,30 +295,22 @@ stored:"""
   %weight1 = getelementptr i8, ptr %weight, i64 %weight1_byte
   %output_byte0 = mul i64 %output0, {out_bytes}
   %output_byte1 = mul i64 %output1, {out_bytes}
-{loop("token", "0", "%T", 2 * SIDE, tokens, "first_loop")}"""
+  br i1 %is_tall, label %tall, label %low
+low:
+{over_tokens(kind, 1, lambda tokens: stores(1, tokens), "low")}
+  br label %stored
+tall:
+{over_tokens(kind, 2, lambda tokens: stores(2, tokens), "tall")}
+  br label %stored
+stored:"""
     return f"""
 define internal void @{name}_tiles({ARGUMENTS}, i64 %row_bytes) noinline {{
 entry:
-  %sums = alloca [{4 * TILE_BYTES} x i8], align 64
   %out_bytes = mul i64 %O, {out_bytes}
   %output_last = sub i64 %O, {SIDE}
+{SLABS}
 {loop("first", "%begin", "%end", UNIT, body, "entry")}
+  call void @free(ptr %sums_all)
   ret void
 }}
 """
-
-
-def _case(kind: TileKind, weights: int, tokens: int, *, rounds: bool) -> str:
-    """One shape of block, and its sums to their places."""
-    shape = f"{weights}x{tokens}"
-    pointers = ", ".join(f"ptr %weight{w}" for w in range(weights))
-    stores = joined([
-        f"  %sum{shape}_{i} = getelementptr i8, ptr %sums, i64 {TILE_BYTES * i}\n"
-        f"  call void @tile_store{'_rounded' if rounds else ''}(ptr %sum{shape}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
-        f"i64 %{'token1' if t else 'token'}, i64 %output_byte{w})"
-        for i, (w, t) in enumerate(product(range(weights), range(tokens)))
-    ])
-    return f"""case{shape}:
-  call void @{kind.name}_tiles_{shape}(ptr %x_now, {pointers}, ptr %sums, i64 %row_bytes)
-{stores}
-  br label %stored"""
