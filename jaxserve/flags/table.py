@@ -88,7 +88,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("enable-prefix-caching", "cache", "bool", "requests with equal beginnings share pages"),
     Flag("max-num-seqs", "scheduler", "int", "sequences that run at once; default 64 on a CPU, 256 on a GPU",
          low=1, high=4096),
-    Flag("max-num-batched-tokens", "scheduler", "length", "tokens of a step; default 256 on a CPU, 8192 on a GPU",
+    Flag("max-num-batched-tokens", "scheduler", "length", "tokens of a step; default 256 on a CPU (512 with AMX), 8192 on a GPU",
          low=1, high=2**20),
     Flag("enable-chunked-prefill", "scheduler", "bool",
          "long prompts run in chunks beside decodes; off: prompts run whole"),

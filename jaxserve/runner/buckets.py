@@ -57,6 +57,11 @@ CPU_TOKENS = Costs(points=(
 NATIVE_TOKENS = Costs(
     points=((1, 11.5), (4, 12), (16, 18), (32, 28), (64, 46), (128, 86), (256, 167)), padding=0.07, saving_min=0.05
 )
+# With AMX's tile registers; padding is what XLA's own operations take.
+TILE_TOKENS = Costs(
+    points=((1, 13), (6, 13.5), (16, 16), (32, 19.5), (64, 29), (128, 39), (256, 58), (512, 111)), padding=0.035,
+    saving_min=0.05,
+)
 CPU_ROWS = Costs(points=((1, 15), (2, 21), (3, 35), (8, 39), (16, 47), (64, 102)))     # forward and sampling
 # Computed, not measured: weights read once, and 206 16-bit tokens take a Hopper as long to multiply as to read them.
 GPU = Costs(points=((1, 1 + 1 / 206), (206, 2)))
@@ -102,7 +107,8 @@ def holder(sizes: tuple[int, ...], count: int) -> int:
 
 
 def choose_buckets(
-    *, tokens_max: int, rows_max: int, size_min: int, is_cpu: bool, is_eager: bool, skips_padding: bool = False
+    *, tokens_max: int, rows_max: int, size_min: int, is_cpu: bool, is_eager: bool, skips_padding: bool = False,
+    has_tiles: bool = False,
 ) -> Buckets:
     """As many sizes as save time, by the measured cost of a step; `--enforce-eager` keeps two and one.
 
@@ -114,15 +120,22 @@ def choose_buckets(
     Args:
       size_min: of any bucket, see `smallest_size`.
       skips_padding: whether products leave padding out, see the function of this name.
+      has_tiles: whether those go through AMX's tile registers.
     """
     tokens_max, rows_max = max(tokens_max, size_min), max(rows_max, size_min)
     if is_eager:
         tokens = (tokens_max,) if tokens_max <= EAGER_TOKENS else (EAGER_TOKENS, tokens_max)
         return Buckets(tokens=tokens, rows=(rows_max,))
     return Buckets(
-        tokens=_worthwhile(size_min, tokens_max, (NATIVE_TOKENS if skips_padding else CPU_TOKENS) if is_cpu else GPU),
+        tokens=_worthwhile(size_min, tokens_max, _cpu_tokens(skips_padding, has_tiles) if is_cpu else GPU),
         rows=_worthwhile(size_min, rows_max, CPU_ROWS if is_cpu else GPU),
     )
+
+
+def _cpu_tokens(skips_padding: bool, has_tiles: bool) -> Costs:
+    if not skips_padding:
+        return CPU_TOKENS
+    return TILE_TOKENS if has_tiles else NATIVE_TOKENS
 
 
 def smallest_size(spec: ModelSpec, *, itemsize: int, is_cpu: bool, batch_invariant: bool) -> int:

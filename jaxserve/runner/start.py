@@ -35,6 +35,7 @@ from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.setup import DraftSetup, RunnerSetup
 from jaxserve.sharding.split import device_spec
 from kernels_pallas.contract import NoImplementationError
+from kernels_pallas.native import api as native
 
 logger = logging.getLogger("jaxserve.start")
 
@@ -108,18 +109,19 @@ def settle(
     spec = device_spec(spec, mesh)
     if draft is not None:
         draft = replace(draft, spec=device_spec(draft.spec, mesh))
-    row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu)
     itemsize = jnp.dtype(dtype).itemsize
+    is_native = skips_padding(
+        spec, itemsize=itemsize, is_cpu=is_cpu, products=config.compilation.quantization_backend
+    )
+    tokens_default = _tokens_max_default(is_cpu=is_cpu, has_tiles=is_native and native.has_tiles())
+    row_count, tokens_max = _step_sizes(config, spec, is_cpu=is_cpu, tokens_default=tokens_default)
     size_min = smallest_size(
         spec, itemsize=itemsize, is_cpu=is_cpu, batch_invariant=config.compilation.batch_invariant
     )
     samples_max = _samples_max(config, row_count, tokens_max)
     buckets = functools.partial(
         choose_buckets, rows_max=samples_max or row_count, size_min=size_min, is_cpu=is_cpu,
-        is_eager=config.compilation.enforce_eager,
-        skips_padding=skips_padding(
-            spec, itemsize=itemsize, is_cpu=is_cpu, products=config.compilation.quantization_backend
-        ),
+        is_eager=config.compilation.enforce_eager, skips_padding=is_native, has_tiles=native.has_tiles(),
     )
     setup = _setup(
         spec=spec, vocab_size=vocab_size, mesh=mesh, dtype=jnp.dtype(dtype), config=config, row_count=row_count,
@@ -135,7 +137,7 @@ def settle(
         length_wanted=_length_wanted(config, spec), pool_bytes_wanted=config.cache.kv_cache_memory_bytes,
     )
     if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens is None:
-        tokens_max = min(tokens_max, max(_tokens_max_default(is_cpu), row_count, memory.length_max))
+        tokens_max = min(tokens_max, max(tokens_default, row_count, memory.length_max))
     return replace(
         setup, memory=memory,
         shape=_shape(setup.shape, [group.page_count for group in memory.groups], memory.length_max),
@@ -143,18 +145,21 @@ def settle(
     )
 
 
-def _tokens_max_default(is_cpu: bool) -> int:
-    return 256 if is_cpu else 8192
+def _tokens_max_default(*, is_cpu: bool, has_tiles: bool) -> int:
+    """A full step should not keep streams waiting for longer than a fifth of a second."""
+    if not is_cpu:
+        return 8192
+    return 512 if has_tiles else 256
 
 
-def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool) -> tuple[int, int]:
+def _step_sizes(config: EngineConfig, spec: ModelSpec, *, is_cpu: bool, tokens_default: int) -> tuple[int, int]:
     """Rows R, and the most tokens of a step."""
     scheduler = config.scheduler
     row_count = scheduler.max_num_seqs or (64 if is_cpu else 256)
     tokens_max = scheduler.max_num_batched_tokens
     length = config.model.max_model_len
     if tokens_max is None:
-        tokens_max = max(_tokens_max_default(is_cpu), row_count)
+        tokens_max = max(tokens_default, row_count)
         if not scheduler.enable_chunked_prefill:
             tokens_max = max(tokens_max, length or spec.context_length)
     if tokens_max < row_count:
