@@ -23,10 +23,11 @@ from kernels_pallas.native.vectors import LANES, PAIRS, dot_pairs, indices, lane
 BLOCKS = ((1, 16), (2, 8), (4, 4))
 TILE = 16               # outputs
 UNIT = tiles.UNIT       # outputs that a chunk has multiples of
-CHUNKS_MAX = 32         # of a product: a thread that is late leaves its share to others
+PARTS_MAX = 32          # of the outputs, for one span of tokens: a thread that is late leaves its share to others
+SPAN_BYTES = 1 << 20    # of x in tiles: half of an L2 cache, so that what is read for all outputs stays there
 
 WORDS = [(name, "ptr") for name in ("x", "weight", "out")]      # operands, in order
-WORDS += [(name, "i64") for name in ("T", "O", "I", "tiles", "chunks")]
+WORDS += [(name, "i64") for name in ("T", "O", "I", "tiles", "parts", "span")]
 TILES = tiles.ARGUMENTS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +89,10 @@ INT8 = Numbers(
 )
 
 
-def kernel(numbers: Numbers) -> str:
-    """IR of the chunk, the setup and the end; needs `products`."""
-    return "\n".join([_chunk(numbers), _setup(numbers), begin_and_end(numbers.name, WORDS, numbers)])
+def kernel(numbers: Numbers, *, has_tiles: bool) -> str:
+    """IR of the chunk, the setup and what a thread has of its own; needs `products`."""
+    parts = [_chunk(numbers), _setup(numbers, has_tiles=has_tiles), begin_and_end(numbers.name, WORDS, numbers)]
+    return "\n".join(parts)
 
 
 def products(numbers: Numbers, *, has_tiles: bool) -> str:
@@ -329,33 +331,60 @@ def is_whole(numbers: Numbers) -> str:
 
 
 def _own(numbers: Numbers, *, has_tiles: bool) -> str:
-    """@NAME_take(x, T, I): x as @NAME_any takes it, for one thread, and @NAME_leave(that, I), which lets go of it.
+    """What a thread has of x, for one span of tokens at a time.
 
-    Tiles are packed by every thread for itself: what another core has written is slow to read.
+    @NAME_take(I, span) makes room for it, @NAME_fill(own, x, T, I, span, number) gives the rows of a span as @NAME_any
+    takes them, and @NAME_leave(own, I) lets go. Tiles are packed by every thread for itself: what another core has
+    written is slow to read.
     """
-    take, leave = "  ret ptr %x", "  ret void"
+    take, fill, leave = "  ret ptr null", "  br label %as_they_are", "  ret void"
     if has_tiles:
         take = f"""{is_whole(numbers)}
-  br i1 %is_whole, label %pack, label %as_it_is
-pack:
+  br i1 %is_whole, label %tiles, label %none
+tiles:
 {tiles.CONFIGURE}
-  %packed = call ptr @tile_pack(ptr %x, i64 %T, i64 %row_bytes)
-  ret ptr %packed
-as_it_is:
-  ret ptr %x"""
-        leave = f"""{is_whole(numbers)}
-  br i1 %is_whole, label %packed, label %as_it_is
-packed:
+  %bytes = mul i64 %span, %row_bytes
+  %bytes_all = add i64 %bytes, {tiles.STEP_BYTES}
+  %own = call ptr @aligned_alloc(i64 64, i64 %bytes_all)
+  store i64 -1, ptr %own                        ; the span that it holds
+  ret ptr %own
+none:
+  ret ptr null"""
+        fill = f"""  %is_none = icmp eq ptr %own, null
+  br i1 %is_none, label %as_they_are, label %tiles
+tiles:
+  %packed = getelementptr i8, ptr %own, i64 {tiles.STEP_BYTES}
+  %held = load i64, ptr %own
+  %is_held = icmp eq i64 %held, %number
+  br i1 %is_held, label %done, label %pack
+pack:
+  call void @tile_pack(ptr %rows, ptr %packed, i64 %T, i64 %row_bytes)
+  store i64 %number, ptr %own
+  br label %done
+done:
+  ret ptr %packed"""
+        leave = f"""  %is_none = icmp eq ptr %own, null
+  br i1 %is_none, label %none, label %tiles
+tiles:
 {tiles.RELEASE}
   call void @free(ptr %own)
   ret void
-as_it_is:
+none:
   ret void"""
     return f"""
-define internal ptr @{numbers.name}_take(ptr %x, i64 %T, i64 %I) {{
+define internal ptr @{numbers.name}_take(i64 %I, i64 %span) {{
 {take}
 }}
-define internal void @{numbers.name}_leave_own(ptr %own, i64 %I) {{
+define internal ptr @{numbers.name}_fill(ptr %own, ptr %x, i64 %T, i64 %I, i64 %span, i64 %number) {{
+  %row_bytes = mul i64 %I, {numbers.bytes}
+  %row = mul i64 %span, %number
+  %byte = mul i64 %row, %row_bytes
+  %rows = getelementptr i8, ptr %x, i64 %byte
+{fill}
+as_they_are:
+  ret ptr %rows
+}}
+define internal void @{numbers.name}_leave_own(ptr %own) {{
 {leave}
 }}
 """
@@ -366,37 +395,83 @@ def begin_and_end(name: str, words: list[tuple[str, str]], numbers: Numbers) -> 
     return f"""
 define internal ptr @{name}_begin(ptr %operands) {{
 {loaded(words)}
-  %own = call ptr @{numbers.name}_take(ptr %x, i64 %T, i64 %I)
+  %own = call ptr @{numbers.name}_take(i64 %I, i64 %span)
   ret ptr %own
 }}
 define internal void @{name}_end(ptr %operands, ptr %own) {{
-{loaded(words)}
-  call void @{numbers.name}_leave_own(ptr %own, i64 %I)
+  call void @{numbers.name}_leave_own(ptr %own)
   ret void
 }}
 """
 
 
-def _chunk(numbers: Numbers) -> str:
-    """@NAME_chunk: operands are x, weight, out, T, O, I, tiles, chunks."""
+def share(numbers: Numbers, unit: int) -> str:
+    """IR of what chunk %chunk is: %x of its span, its %T rows from %row on, and units of outputs [%begin, %end_whole).
+
+    Operands are x_all, T_all, I, span, parts, and `tiles`: how many units of outputs there are. Chunks of a span follow
+    each other.
+    """
     return f"""
-define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
-{loaded(WORDS, but=("x",))}
-  %chunk_next = add i64 %chunk, 1
-  %a = mul i64 %chunk, %tiles
-  %b = mul i64 %chunk_next, %tiles
-  %c = udiv i64 %a, %chunks
-  %d = udiv i64 %b, %chunks
-  %begin = mul i64 %c, {UNIT}
-  %end_whole = mul i64 %d, {UNIT}
+  %number = udiv i64 %chunk, %parts
+  %part = urem i64 %chunk, %parts
+  %row = mul i64 %number, %span
+  %T_left = sub i64 %T_all, %row
+  %T = call i64 @llvm.smin.i64(i64 %T_left, i64 %span)
+  %x = call ptr @{numbers.name}_fill(ptr %own, ptr %x_all, i64 %T, i64 %I, i64 %span, i64 %number)
+  %part_next = add i64 %part, 1
+  %a = mul i64 %part, %tiles
+  %b = mul i64 %part_next, %tiles
+  %c = udiv i64 %a, %parts
+  %d = udiv i64 %b, %parts
+  %begin = mul i64 %c, {unit}
+  %end_whole = mul i64 %d, {unit}"""
+
+
+OF_STEP = {"x": "x_all", "out": "out_all", "T": "T_all"}      # in a chunk, whose own have the short names
+
+
+def chunk_operands(words: list[tuple[str, str]]) -> str:
+    """IR that reads them, those of all rows by the names of OF_STEP."""
+    return loaded([(OF_STEP.get(name, name), kind) for name, kind in words])
+
+
+def shares(numbers: Numbers, unit: int, outputs: str, *, has_tiles: bool) -> str:
+    """IR of %tiles, %span, %parts and %chunks of a kernel with `outputs` outputs, for rows %T of %I numbers."""
+    spans = f"""{is_whole(numbers)}
+  %span_far = udiv i64 {SPAN_BYTES}, %row_bytes
+  %span_whole = and i64 %span_far, {-2 * tiles.SIDE}
+  %span_some = call i64 @llvm.smax.i64(i64 %span_whole, i64 {2 * tiles.SIDE})
+  %span_of_tiles = select i1 %is_whole, i64 %span_some, i64 %T_above
+  %span = call i64 @llvm.smin.i64(i64 %span_of_tiles, i64 %T_above)""" if has_tiles else "  %span = add i64 %T_above, 0"
+    return f"""
+  %T_far = add i64 %T, {tiles.SIDE - 1}
+  %T_above = and i64 %T_far, {-tiles.SIDE}
+{spans}
+  %spans_far = add i64 %T, %span
+  %spans_above = sub i64 %spans_far, 1
+  %spans = udiv i64 %spans_above, %span
+  %above = add i64 {outputs}, {unit - 1}
+  %tiles = udiv i64 %above, {unit}
+  %parts = call i64 @llvm.smin.i64(i64 %tiles, i64 {PARTS_MAX})
+  %chunks = mul i64 %spans, %parts"""
+
+
+def _chunk(numbers: Numbers) -> str:
+    """@NAME_chunk."""
+    return f"""
+define internal void @{numbers.name}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
+{chunk_operands(WORDS)}
+{share(numbers, UNIT)}
   %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %O)
+  %out_item = mul i64 %row, %O
+  %out = getelementptr {numbers.out}, ptr %out_all, i64 %out_item
   call void @{numbers.name}_any({TILES})
   ret void
 }}
 """
 
 
-def _setup(numbers: Numbers) -> str:
+def _setup(numbers: Numbers, *, has_tiles: bool) -> str:
     """@NAME_setup: fills the operands from the frame; how many chunks there are."""
     return f"""
 define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
@@ -411,9 +486,7 @@ define internal i64 @{numbers.name}_setup(ptr %operands, ptr %frame) {{
   %O = call i64 @size(ptr %weight_buffer, i64 0)
   %out_bytes = mul i64 %O, {numbers.out_bytes}
   %T = call i64 @{numbers.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %above = add i64 %O, {UNIT - 1}
-  %tiles = udiv i64 %above, {UNIT}
-  %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {CHUNKS_MAX})
+{shares(numbers, UNIT, "%O", has_tiles=has_tiles)}
 {stored(WORDS)}
   ret i64 %chunks
 }}

@@ -18,7 +18,7 @@ NAME = "jaxserve_gated"
 VECTOR = "<16 x float>"
 
 WORDS = [(name, "ptr") for name in ("x", "weight", "factors", "out")]
-WORDS += [(name, "i64") for name in ("T", "F", "I", "tiles", "chunks")]
+WORDS += [(name, "i64") for name in ("T", "F", "I", "tiles", "parts", "span")]
 OUTPUTS = "ptr %x, ptr %gate, ptr %up, ptr %out, i64 %T, i64 %F, i64 %I, i64 %tile, float %first, float %third"
 
 
@@ -26,7 +26,7 @@ def kernel(*, has_tiles: bool) -> str:
     """IR of the activation, the chunk, the setup and the end; needs `dot.products` of bfloat16 and @power."""
     by_tiles = [_tile(), _by_tiles()] if has_tiles else []
     of_threads = dot.begin_and_end(NAME, WORDS, dot.BFLOAT16)
-    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(), of_threads])
+    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(has_tiles=has_tiles), of_threads])
 
 
 def _activation() -> str:
@@ -192,19 +192,16 @@ stored:"""
   %up = getelementptr bfloat, ptr %weight, i64 %up_item
 {each}"""
     return f"""
-define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
-{loaded(WORDS, but=("x",))}
+define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
+{dot.chunk_operands(WORDS)}
+{dot.share(dot.BFLOAT16, dot.UNIT)}
+  %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %F)
+  %out_item_first = mul i64 %row, %F
+  %out = getelementptr bfloat, ptr %out_all, i64 %out_item_first
   %first_at = getelementptr float, ptr %factors, i64 0
   %third_at = getelementptr float, ptr %factors, i64 1
   %first = load float, ptr %first_at
   %third = load float, ptr %third_at
-  %chunk_next = add i64 %chunk, 1
-  %a = mul i64 %chunk, %tiles
-  %b = mul i64 %chunk_next, %tiles
-  %c = udiv i64 %a, %chunks
-  %d = udiv i64 %b, %chunks
-  %begin = mul i64 %c, {dot.TILE}
-  %end = mul i64 %d, {dot.TILE}
   %tile_last = sub i64 %F, {dot.TILE}
 {begin}
   br label %begin_each
@@ -215,7 +212,7 @@ begin_each:
 """
 
 
-def _setup() -> str:
+def _setup(*, has_tiles: bool) -> str:
     """@NAME_setup: arguments are x, weight, the two factors."""
     arguments = joined([
         f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
@@ -232,9 +229,7 @@ define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
   %F = call i64 @size(ptr %out_buffer, i64 1)
   %out_bytes = mul i64 %F, 2
   %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-  %above = add i64 %F, {dot.TILE - 1}
-  %tiles = udiv i64 %above, {dot.TILE}
-  %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {dot.CHUNKS_MAX})
+{dot.shares(dot.BFLOAT16, dot.UNIT, "%F", has_tiles=has_tiles)}
 {stored(WORDS)}
   ret i64 %chunks
 }}

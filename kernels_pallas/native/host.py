@@ -113,7 +113,7 @@ def _header() -> Path:
 
 def _plain() -> tuple[list[str], str]:
     kernels = {
-        **{numbers.name: dot.kernel(numbers) for numbers in (dot.BFLOAT16, dot.ROUNDED)}, gated.NAME: gated.kernel(has_tiles=has_tiles()),
+        **{numbers.name: dot.kernel(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.ROUNDED)}, gated.NAME: gated.kernel(has_tiles=has_tiles()),
         attend.NAME: attend.kernel(has_tiles=has_tiles()),
     }
     products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.ROUNDED)]
@@ -122,7 +122,7 @@ def _plain() -> tuple[list[str], str]:
 
 def _packed() -> tuple[list[str], str]:
     kernels = {spelling.name: packed.variant(spelling) for spelling in packed.VARIANTS}
-    kernels[dot.INT8.name] = dot.kernel(dot.INT8)
+    kernels[dot.INT8.name] = dot.kernel(dot.INT8, has_tiles=has_tiles())
     products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.INT8)]
     return list(kernels), _module([packed.shared(), *products], kernels)
 

@@ -18,7 +18,7 @@ from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, 
 from kernels_pallas.native.vectors import broadcast, indices, number
 
 WORDS = [(name, "ptr") for name in ("x", "code", "scale", "extra", "out")]
-WORDS += [(name, "i64") for name in ("T", "O", "I", "G", "C", "E", "tiles", "chunks")]
+WORDS += [(name, "i64") for name in ("T", "O", "I", "G", "C", "E", "tiles", "parts", "span")]
 TURN = 32           # codes unpacked at once, of 4 bits; of 8 bits half as many
 TABLE = 16          # values of a table
 
@@ -213,16 +213,11 @@ exit:
 def _chunk(spelling: Variant) -> str:
     """@NAME_chunk: tile by tile, 16 rows of weights are unpacked, then met by all rows of x."""
     return f"""
-define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk, ptr %x) {{
+define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
 entry:
-{loaded(WORDS, but=("x",))}
-  %chunk_next = add i64 %chunk, 1
-  %a = mul i64 %chunk, %tiles
-  %b = mul i64 %chunk_next, %tiles
-  %c = udiv i64 %a, %chunks
-  %d = udiv i64 %b, %chunks
-  %begin = mul i64 %c, {dot.TILE}
-  %end_whole = mul i64 %d, {dot.TILE}
+{dot.chunk_operands(WORDS)}
+{dot.share(dot.BFLOAT16, dot.TILE)}
+  %out = getelementptr float, ptr %out_all, i64 0       ; one span: every other would unpack all weights again
   %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %O)
   %row_bytes = mul i64 %I, 2
   %scratch_bytes = mul i64 %row_bytes, {dot.TILE}
@@ -286,9 +281,7 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
   %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
-  %above = add i64 %O, {dot.TILE - 1}
-  %tiles = udiv i64 %above, {dot.TILE}
-  %chunks = call i64 @llvm.smin.i64(i64 %tiles, i64 {dot.CHUNKS_MAX})
+{dot.shares(dot.BFLOAT16, dot.TILE, "%O", has_tiles=False)}
 {stored(WORDS)}
   ret i64 %chunks
 }}

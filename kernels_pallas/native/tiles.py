@@ -95,7 +95,7 @@ def rounded(i: str, register: str) -> str:
 
 
 def _pack() -> str:
-    """@tile_pack(x, T, bytes of a row): x in tiles, those of 16 tokens one after the other; who calls frees it.
+    """@tile_pack(x, packed, T, bytes of a row): x in tiles, those of 16 tokens one after the other.
 
     Tokens past the last are the last once more.
     """
@@ -124,15 +124,11 @@ def _pack() -> str:
   %to = getelementptr i8, ptr %packed, i64 %before
 {loop("byte", "0", "%row_bytes", STEP_BYTES, step, "token_loop")}"""
     return f"""
-define internal ptr @tile_pack(ptr %x, i64 %T, i64 %row_bytes) noinline {{
+define internal void @tile_pack(ptr %x, ptr %packed, i64 %T, i64 %row_bytes) noinline {{
 entry:
   %last = sub i64 %T, 1
-  %above = add i64 %T, {SIDE - 1}
-  %whole = and i64 %above, {-SIDE}
-  %bytes = mul i64 %whole, %row_bytes
-  %packed = call ptr @aligned_alloc(i64 64, i64 %bytes)
 {loop("token", "0", "%T", SIDE, body, "entry")}
-  ret ptr %packed
+  ret void
 }}
 """
 
