@@ -37,6 +37,7 @@ def _activation() -> str:
     ])
     return f"""
 declare {VECTOR} @llvm.fabs.v16f32({VECTOR})
+declare {VECTOR} @llvm.x86.avx512.rcp14.ps.512({VECTOR}, {VECTOR}, i16)
 define internal {VECTOR} @gated_activation(
   {VECTOR} %gate_long, {VECTOR} %up_long, {VECTOR} %firsts, {VECTOR} %thirds, i1 %is_straight
 ) alwaysinline {{
@@ -54,7 +55,11 @@ define internal {VECTOR} @gated_activation(
   %divisor = fadd {VECTOR} %power, {splat(1.0).removeprefix(VECTOR + " ")}
   %is_negative = fcmp olt {VECTOR} %angle, zeroinitializer
   %part = select <16 x i1> %is_negative, {VECTOR} %fallen, {splat(1.0)}
-  %sigmoid = fdiv {VECTOR} %part, %divisor
+  %guess = call {VECTOR} @llvm.x86.avx512.rcp14.ps.512({VECTOR} %divisor, {VECTOR} zeroinitializer, i16 -1)
+  %minus = fneg {VECTOR} %guess
+  %error = call {VECTOR} @llvm.fma.v16f32({VECTOR} %minus, {VECTOR} %divisor, {splat(1.0)})
+  %inverse = call {VECTOR} @llvm.fma.v16f32({VECTOR} %guess, {VECTOR} %error, {VECTOR} %guess)     ; 2^-28, of 2^-14
+  %sigmoid = fmul {VECTOR} %part, %inverse
   %act = fmul {VECTOR} %gate, %sigmoid
   %result = fmul {VECTOR} %act, %up
   ret {VECTOR} %result
