@@ -184,7 +184,8 @@ class FakeRunner:
       limits_now: what `limits` answers; tests let it grow.
       fail_launch, fail_result: plans whose launch or result runs out of memory.
       corrupts: whether a sequence (its admission) turns non-finite at a position; only sampled positions make sense.
-      plans: every plan launched, in order.  has_landed: what steps in flight answer.  rebuild_count, cleared: calls of those methods.
+      plans: every plan launched, in order.  rebuild_count, cleared: calls of those methods.
+      has_landed: what steps in flight answer.
     """
 
     shape: RunnerShape = field(default_factory=make_shape)

@@ -1,10 +1,10 @@
 """When the step in flight lands, and how long the next plan may wait for newcomers. Mutable.
 
-A plan that is made the moment the step before it begins is computed without those who come while that one runs: they
-wait for its end and for all of the next. A step with prompts is long enough to wait: its successor is planned only shortly
-before it ends, so that it takes them along. The device is never left idle for that: the forecast is the least that recent steps of
-that size took, less a margin for the host's work.
-Steps of decodes only are planned at once: they are short, and the host's time counts most there.
+A plan that is made the moment the step before it begins leaves out who comes while that one runs: they wait for its end
+and for all of the next. A step with prompts is long enough to wait with: its successor is planned shortly before it
+ends, and takes them along. The device is not left idle for that: the forecast is the least that recent steps of that
+size took, less a margin for the host's work. Steps of decodes only are planned at once: they are short, and the host's
+time counts most there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-RECENT = 8              # steps of a size whose shortest is the forecast: one slow step on a busy machine changes nothing
+RECENT = 8              # steps of a size whose shortest is the forecast: a slow one on a busy machine changes nothing
 SIZES_AN_OCTAVE = 4
 MARGIN = 0.1            # of the forecast
 HOST_MARGIN = 4         # host times of a step (plan, pack, dispatch), the largest of late, that it must begin before

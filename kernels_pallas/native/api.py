@@ -72,7 +72,11 @@ def has_tiles() -> bool:
 
 
 def matmul(x_TI: Array, weight_OI: Array, *, rounds: bool = False) -> Array:
-    """x · weightᵀ of bfloat16 in float32, [T, O], or rounded to bfloat16; a row gives the same bits beside any others."""
+    """x · weightᵀ of bfloat16 in float32, [T, O]; a row gives the same bits beside any others.
+
+    Args:
+      rounds: to bfloat16 at the end.
+    """
     numbers, dtype = (dot.ROUNDED, jnp.bfloat16) if rounds else (dot.BFLOAT16, jnp.float32)
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), dtype)
     return jax.ffi.ffi_call(host.targets()[numbers.name], shape)(x_TI, weight_OI)
@@ -170,7 +174,7 @@ def paged_decode(
             span=decode_span(size_W.shape[0], q_TNH.shape[1], k_PKSH.shape[1]),
         )
         is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < work.decode_count
-        return jnp.where(is_decode_T[:, None, None], out_TNH, 0).astype(q_TNH.dtype)
+        return jnp.where(is_decode_T[:, None, None], out_TNH, 0)
 
 
 def decode_span(entries: int, heads: int, kv_heads: int) -> int:
@@ -194,14 +198,14 @@ def paged_prefill(
         )
         token_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32)
         is_tiled_T = (token_T >= first) & (token_T < last)
-        return jnp.where(is_tiled_T[:, None, None], out_TNH, 0).astype(q_TNH.dtype)
+        return jnp.where(is_tiled_T[:, None, None], out_TNH, 0)
 
 
 def _attend(
     q_TNH: Array, k_PKSH: Array, v_PKSH: Array, page_RM: Array, items: tuple[Array, Array, Array, Array],
     scale: float, window: int | None, sink_N: Array | None, *, span: int,
 ) -> Array:
-    """Float32 [T, N, H]; tokens of no item hold anything.
+    """bfloat16 [T, N, H]; tokens of no item hold anything.
 
     Args:
       items: first token, row, first position and size of each; all int32.
@@ -212,5 +216,5 @@ def _attend(
         [NO_WINDOW if window is None else window, N, k_PKSH.shape[2], page_RM.shape[1], H, span], jnp.int32
     )
     sinks_N = jnp.full(N, -inf, jnp.float32) if sink_N is None else sink_N.astype(jnp.float32) * LOG2_E
-    call = jax.ffi.ffi_call(host.targets()[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.float32))
+    call = jax.ffi.ffi_call(host.targets()[attend.NAME], jax.ShapeDtypeStruct(q_TNH.shape, jnp.bfloat16))
     return call(q_TNH, k_PKSH, v_PKSH, page_RM, *items, settings, jnp.full(1, scale * LOG2_E, jnp.float32), sinks_N)

@@ -81,13 +81,14 @@ def _finish() -> str:
     scale = f"""  %sum_at = getelementptr float, ptr %sums, i64 %d
   %sum = load {VECTOR}, ptr %sum_at, align 4
   %mean = fmul {VECTOR} %sum, %parts
-  %to_at = getelementptr float, ptr %to, i64 %d
-  store {VECTOR} %mean, ptr %to_at, align 4"""
+  %short = fptrunc {VECTOR} %mean to <{LANES} x bfloat>
+  %to_at = getelementptr bfloat, ptr %to, i64 %d
+  store <{LANES} x bfloat> %short, ptr %to_at, align 2"""
     body = f"""{queries.read("item", "%n")}
 {queries.read("place", "%n")}
 {queries.read("total", "%n")}
   %sums = getelementptr float, ptr %own, i64 %item
-  %to = getelementptr float, ptr %out, i64 %place
+  %to = getelementptr bfloat, ptr %out, i64 %place
   %empty = fcmp oeq float %total, 0.0
   %divisor = select i1 %empty, float 1.0, float %total
   %part = fdiv float 1.0, %divisor
@@ -100,6 +101,33 @@ entry:
   ret void
 }}
 """
+
+
+def _batch(own: str, by: str) -> str:
+    """A batch of queries that some slots of the block are seen by.
+
+    Args:
+      own: SOURCE of what this one query sees, where it must not meet other values.  by: who multiplies.
+    """
+    return f"""seen:
+  br i1 %is_careful, label %careful, label %batch
+careful:                                        ; 0 x NaN is NaN: what this query does not see must be 0 x 0
+  call void @attend_block_values(ptr %v, {own}, ptr %values)
+  br label %batch
+batch:
+  %end_most = call i64 @llvm.smax.i64(i64 %end_first, i64 %end_last)    ; tiles rise, decodes fall
+  %slots_left = sub i64 %end_most, %at
+  %slots = call i64 @llvm.smin.i64(i64 %slots_left, i64 {BLOCK})
+  %slots_even = add i64 %slots, 1
+  %pairs = udiv i64 %slots_even, 2
+  call void @attend_scores{by}(ptr %q, ptr %states, ptr %keys, ptr %scores, i64 %H, i64 %query, i64 %count)
+  %has_risen = call i1 @attend_weights(
+    ptr %states, ptr %scores, ptr %weights, i64 %query, i64 %count, i64 %at, i64 %window, float %scale_power
+  )
+  call void @attend_sums{by}(
+    ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs, i1 %has_risen
+  )
+  br label %batch_end"""
 
 
 def _run(*, has_tiles: bool) -> str:
@@ -139,23 +167,7 @@ batches_loop:
   %is_after_low = icmp sgt i64 %at_past, %low_first
   %is_seen = and i1 %is_before_end, %is_after_low
   br i1 %is_seen, label %seen, label %batch_end
-seen:
-  br i1 %is_careful, label %careful, label %batch
-careful:                                        ; 0 x NaN is NaN: what this query does not see must be 0 x 0
-  call void @attend_block_values(ptr %v, {own}, ptr %values)
-  br label %batch
-batch:
-  %end_most = call i64 @llvm.smax.i64(i64 %end_first, i64 %end_last)    ; tiles rise, decodes fall
-  %slots_left = sub i64 %end_most, %at
-  %slots = call i64 @llvm.smin.i64(i64 %slots_left, i64 {BLOCK})
-  %slots_even = add i64 %slots, 1
-  %pairs = udiv i64 %slots_even, 2
-  call void @attend_scores{by}(ptr %q, ptr %states, ptr %keys, ptr %scores, i64 %H, i64 %query, i64 %count)
-  %has_risen = call i1 @attend_weights(ptr %states, ptr %scores, ptr %weights, i64 %query, i64 %count, i64 %at, i64 %window,
-    float %scale_power)
-  call void @attend_sums{by}(ptr %out, ptr %states, ptr %values, ptr %weights, i64 %H, i64 %query, i64 %count, i64 %pairs,
-    i1 %has_risen)
-  br label %batch_end
+{_batch(own, by)}
 batch_end:
   %more = icmp slt i64 %query_next, %query_stop
   br i1 %more, label %batches_loop, label %exit

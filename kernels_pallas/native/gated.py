@@ -11,8 +11,8 @@ Invariant: a row's result is the same beside any others.
 from __future__ import annotations
 
 from kernels_pallas.native import dot, tiles
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
-from kernels_pallas.native.vectors import LANES, LOG2_E, POWER_MIN, broadcast, splat, transposed
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loop, stored
+from kernels_pallas.native.vectors import LANES, LOG2_E, broadcast, splat, transposed
 
 NAME = "jaxserve_gated"
 VECTOR = "<16 x float>"
@@ -25,8 +25,8 @@ OUTPUTS = "ptr %x, ptr %gate, ptr %up, ptr %out, i64 %T, i64 %F, i64 %I, i64 %ti
 def kernel(*, has_tiles: bool) -> str:
     """IR of the activation, the chunk, the setup and the end; needs `dot.products` of bfloat16 and @power."""
     by_tiles = [_tile(), _by_tiles()] if has_tiles else []
-    of_threads = dot.begin_and_end(NAME, WORDS, dot.BFLOAT16)
-    return joined([_activation(), _by_lanes(), *by_tiles, _chunk(has_tiles=has_tiles), _setup(has_tiles=has_tiles), of_threads])
+    ends = [_chunk(has_tiles=has_tiles), _setup(has_tiles=has_tiles), dot.begin_and_end(NAME, WORDS, dot.BFLOAT16)]
+    return joined([_activation(), _by_lanes(), *by_tiles, *ends])
 
 
 def _activation() -> str:
@@ -50,11 +50,9 @@ define internal {VECTOR} @gated_activation(
   %size = call {VECTOR} @llvm.fabs.v16f32({VECTOR} %angle)
   %fall = fmul {VECTOR} %size, {splat(-LOG2_E).removeprefix(VECTOR + " ")}
   %power = call {VECTOR} @power({VECTOR} %fall)
-  %is_nothing = fcmp ole {VECTOR} %fall, {splat(POWER_MIN).removeprefix(VECTOR + " ")}
-  %fallen = select <16 x i1> %is_nothing, {VECTOR} zeroinitializer, {VECTOR} %power     ; times a gate of -1e38
   %divisor = fadd {VECTOR} %power, {splat(1.0).removeprefix(VECTOR + " ")}
   %is_negative = fcmp olt {VECTOR} %angle, zeroinitializer
-  %part = select <16 x i1> %is_negative, {VECTOR} %fallen, {splat(1.0)}
+  %part = select <16 x i1> %is_negative, {VECTOR} %power, {splat(1.0)}
   %guess = call {VECTOR} @llvm.x86.avx512.rcp14.ps.512({VECTOR} %divisor, {VECTOR} zeroinitializer, i16 -1)
   %minus = fneg {VECTOR} %guess
   %error = call {VECTOR} @llvm.fma.v16f32({VECTOR} %minus, {VECTOR} %divisor, {splat(1.0)})
@@ -87,8 +85,8 @@ FACTORS = f"""{broadcast("firsts", "%first")}
 def _by_lanes() -> str:
     """@gated_by_lanes: 16 outputs from %tile on, of all rows; their products rest in %gates and %ups, [T, 16] each."""
     products = joined([
-        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, i64 0, "
-        f"i64 {dot.TILE})" for name in ("gate", "up")
+        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, "
+        f"i64 0, i64 {dot.TILE})" for name in ("gate", "up")
     ])
     body = f"""{_of_row()}
   %result_short = fptrunc {VECTOR} %result to <16 x bfloat>

@@ -112,12 +112,11 @@ def _header() -> Path:
 
 
 def _plain() -> tuple[list[str], str]:
-    kernels = {
-        **{numbers.name: dot.kernel(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.ROUNDED)}, gated.NAME: gated.kernel(has_tiles=has_tiles()),
-        attend.NAME: attend.kernel(has_tiles=has_tiles()),
-    }
-    products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.ROUNDED)]
-    return list(kernels), _module([vectors.power_of_two(), *products], kernels)
+    form, both = {"has_tiles": has_tiles()}, (dot.BFLOAT16, dot.ROUNDED)
+    kernels = {numbers.name: dot.kernel(numbers, **form) for numbers in both}
+    kernels |= {gated.NAME: gated.kernel(**form), attend.NAME: attend.kernel(**form)}
+    products = [dot.products(numbers, **form) for numbers in both]
+    return list(kernels), _module([vectors.powers(), *products], kernels)
 
 
 def _packed() -> tuple[list[str], str]:

@@ -14,7 +14,7 @@ import itertools
 from dataclasses import dataclass
 
 from kernels_pallas.native import dot
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, loaded, stored
+from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, stored
 from kernels_pallas.native.vectors import broadcast, indices, number
 
 WORDS = [(name, "ptr") for name in ("x", "code", "scale", "extra", "out")]
@@ -67,8 +67,8 @@ def shared() -> str:
 
 def variant(spelling: Variant) -> str:
     """IR of one variant's unpacking, chunk and setup."""
-    parts = (_unpack(spelling), _chunk(spelling), _setup(spelling), dot.begin_and_end(spelling.name, WORDS, dot.BFLOAT16))
-    return "\n".join(parts)
+    ends = dot.begin_and_end(spelling.name, WORDS, dot.BFLOAT16)
+    return "\n".join((_unpack(spelling), _chunk(spelling), _setup(spelling), ends))
 
 
 def _float(name: str, at: str, scale: str) -> str:

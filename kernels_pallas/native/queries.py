@@ -19,8 +19,8 @@ GROUP = 4           # of them, multiplied at once
 WIDE = BLOCK        # head dimensions whose sums are in registers at once; the rest, if any, is DIM_STEP
 NOTHING = -1e30     # finite, so that NOTHING - NOTHING is 0 and not NaN
 
-# A query's state: where it begins in the chunk's queries and sums, and in those of the step; the end of what it sees; its
-# highest score so far, the weights it has added up, and what sums so far are worth under a new highest score.
+# A query's state: where it begins in the chunk's queries and sums, and in those of the step; the end of what it sees;
+# its highest score so far, the weights it has added up, and what sums so far are worth under a new highest score.
 STATE_BYTES = 40
 FIELDS = {
     "item": ("i64", 0), "place": ("i64", 8), "end": ("i64", 16), "top": ("float", 24), "total": ("float", 28),
@@ -129,7 +129,8 @@ def _products(
 def _weights() -> str:
     """@attend_weights: scores to bfloat16 weights [BATCH, BLOCK] under each query's new highest score; its state.
 
-    Says whether a highest score has risen, so that sums so far are worth less. Two loops over the queries: what is long in one query is a chain of instructions, and several of them run at once.
+    Says whether a highest score has risen, so that sums so far are worth less. Two loops over the queries: what is long
+    in one query is a chain of instructions, and several of them run at once.
     """
     return f"""
 define internal i1 @attend_weights(
@@ -199,10 +200,8 @@ def _weigh() -> str:
             f"  %weigh{r}_item = add i64 %weigh_row, {r * LANES}\n"
             f"  %weigh{r}_at = getelementptr float, ptr %scores, i64 %weigh{r}_item\n"
             f"  %of{r} = load {VECTOR}, ptr %weigh{r}_at, align 64\n"
-            f"  %is_seen{r} = fcmp ogt {VECTOR} %of{r}, {splat(NOTHING).removeprefix(VECTOR + ' ')}\n"
             f"  %below{r} = fsub {VECTOR} %of{r}, %tops\n"
-            f"  %power{r} = call {VECTOR} @power({VECTOR} %below{r})\n"
-            f"  %weight{r} = select <16 x i1> %is_seen{r}, {VECTOR} %power{r}, {VECTOR} zeroinitializer\n"
+            f"  %weight{r} = call {VECTOR} @power_short({VECTOR} %below{r})\n"
             f"  %short{r} = fptrunc {VECTOR} %weight{r} to <16 x bfloat>\n"
             f"  %short{r}_at = getelementptr bfloat, ptr %weights, i64 %weigh{r}_item\n"
             f"  store <16 x bfloat> %short{r}, ptr %short{r}_at, align 32"
@@ -210,7 +209,9 @@ def _weigh() -> str:
     return f"""  %of_m = add i64 %query, %m
   %weigh_row = mul i64 %m, {BLOCK}
 {joined([read("top", "%of_m", "_m"), read("total", "%of_m"), field("keep", "%of_m")])}
-{broadcast("tops", "%top_m")}
+  %has_top = fcmp ogt float %top_m, {number(NOTHING)}
+  %top_some = select i1 %has_top, float %top_m, float 0.0     ; NOTHING less this is far below all powers of two
+{broadcast("tops", "%top_some")}
 {joined(lines)}
   %sum_low = fadd {VECTOR} %weight0, %weight1
   %sum_high = fadd {VECTOR} %weight2, %weight3

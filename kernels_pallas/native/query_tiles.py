@@ -1,7 +1,7 @@
 """Scores and weighted sums of a batch of up to 16 queries (`queries`) by tile registers (`tiles`).
 
-The block's buffers lie as tiles want them: a tile of keys is 16 pairs of head dimensions of 16 slots, one of values 16 pairs
-of slots of 16 head dimensions; a chunk's own queries and sums lie side by side.
+The block's buffers lie as tiles want them: a tile of keys is 16 pairs of head dimensions of 16 slots, one of values 16
+pairs of slots of 16 head dimensions; a chunk's own queries and sums lie side by side.
 Work: 8 multiplications of tiles for 16 queries, 64 slots and 64 dimensions, and as many for values; the weights between
 them (`queries`) are most of what is left.
 Invariant: a query's numbers do not depend on its batch; rows of a tile that hold no query hold anything, and are not

@@ -1,13 +1,15 @@
 """x · weightᵀ by the tile registers of AMX: 16 outputs x 16 tokens a register, over steps of 64 bytes of a row.
 
-A tile of weights is 64 bytes of 16 rows as checkpoints store them; a tile of x holds 4 bytes (two bfloat16, four int8) of
-16 tokens side by side, so x is put into that order first (`pack`), once a product. A block is up to 2 tiles of outputs x 2 of
-tokens: four loads feed four multiplications of 16 x 16 x 32 numbers. Sums are turned when they are stored.
-Traffic: the weights once from memory; x from the L2 cache for every 32 outputs, whose weights stay in the L1 cache, slab
-by slab of their rows.
-Work: 512 multiplications of bfloat16 a cycle and core, 16 times what a 512-bit register gives.
-Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (tile configuration), and volume 2
-(TDPBF16PS, TDPBSSD).
+A tile of weights is 64 bytes of 16 rows as checkpoints store them; a tile of x holds 4 bytes (two bfloat16, four int8)
+of 16 tokens side by side, so x is put into that order first, a span of tokens at a time. A block is up to 2 tiles of
+outputs x 2 of tokens: four loads feed four multiplications of 16 x 16 x 32 numbers. Sums are turned when they are
+stored.
+Traffic: the weights from memory once a span; x from the L2 cache for every 32 outputs, whose weights stay in the L1
+cache, slab by slab of their rows.
+Work: 512 multiplications of bfloat16 a cycle and core, 16 times what a 512-bit register gives. Loads are the limit: a
+step of a block takes 25 ns from the L1 cache and 44 from the L2 where its multiplications take 21.
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18 (tile configuration), and
+volume 2 (LDTILECFG, TILELOADD, TDPBF16PS, TDPBSSD).
 Invariant: a sum is made by the same additions in the same order whatever the other rows are, and however many.
 """
 
@@ -150,11 +152,14 @@ def _store(*, rounds: bool) -> str:
         f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
         f"  %row{t} = mul i64 %token{t}, %out_bytes\n"
         f"  %byte{t} = add i64 %row{t}, %byte\n"
-        f"  %to{t} = getelementptr i8, ptr %out, i64 %byte{t}\n" + (rounded(str(t), turned[t]) if rounds else f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4")
+        f"  %to{t} = getelementptr i8, ptr %out, i64 %byte{t}\n"
+        + (rounded(str(t), turned[t]) if rounds else f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4")
         for t in reversed(range(LANES))
     ])
     return f"""
-define internal void @tile_store{"_rounded" if rounds else ""}(ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i64 %token, i64 %byte) noinline {{
+define internal void @tile_store{"_rounded" if rounds else ""}(
+  ptr %sums, ptr %out, i64 %T, i64 %out_bytes, i64 %token, i64 %byte
+) noinline {{
   %last = sub i64 %T, 1
 {loads}
 {joined(lines)}
@@ -175,8 +180,8 @@ def _block(kind: TileKind, weights: int, tokens: int) -> str:
         f"  %now{w} = getelementptr i8, ptr %weight{w}, i64 %byte\n" + load(_WEIGHTS[w], f"%now{w}", "%row_bytes")
         for w in range(weights)
     ] + [
-        f"  %tile{t} = getelementptr i8, ptr %tokens{t}, i64 %in_row\n" + pass_by(_TOKENS[t], f"%tile{t}", str(STEP_BYTES))
-        for t in range(tokens)
+        f"  %tile{t} = getelementptr i8, ptr %tokens{t}, i64 %in_row\n"
+        + pass_by(_TOKENS[t], f"%tile{t}", str(STEP_BYTES)) for t in range(tokens)
     ]
     body = joined([f"  %in_row = mul i64 %byte, {SIDE}", *loads] + [
         multiply(kind, w * tokens + t, _WEIGHTS[w], _TOKENS[t]) for w, t in pairs
@@ -229,7 +234,7 @@ SLABS = f"""
 
 
 def over_tokens(kind: TileKind, weights: int, stores: Callable[[int], str], before: str) -> str:
-    """IR of a loop over slabs and tokens, after SLABS: all rows times the `weights` tiles from %weight0 and %weight1 on.
+    """IR of a loop over slabs and tokens, after SLABS: all rows times the `weights` tiles from %weight0 (and 1) on.
 
     Args:
       stores: IR that puts the sums at %sums of so many tiles of tokens, from %token on, to their places.
@@ -267,7 +272,7 @@ def products(name: str, kind: TileKind, *, rounds: bool) -> str:
 
     Needs the thread's tiles configured. Tiles at the edge are moved back: they compute some twice.
     """
-    out_bytes = 2 if rounds else 4
+    out_bytes, stored = (2, "tile_store_rounded") if rounds else (4, "tile_store")
 
     def stores(weights: int, tokens: int) -> str:
         lines = [f"  %far{weights}x{tokens} = add i64 %token{weights}, {SIDE}"]
@@ -275,8 +280,8 @@ def products(name: str, kind: TileKind, *, rounds: bool) -> str:
             token = f"%far{weights}x{tokens}" if t else f"%token{weights}"
             lines.append(
                 f"  %sum{weights}x{tokens}_{i} = getelementptr i8, ptr %sums{weights}, i64 {TILE_BYTES * i}\n"
-                f"  call void @tile_store{'_rounded' if rounds else ''}(ptr %sum{weights}x{tokens}_{i}, ptr %out, i64 %T, "
-                f"i64 %out_bytes, i64 {token}, i64 %output_byte{w})"
+                f"  call void @{stored}(ptr %sum{weights}x{tokens}_{i}, ptr %out, i64 %T, i64 %out_bytes, "
+                f"i64 {token}, i64 %output_byte{w})"
             )
         return joined(lines)
 
