@@ -129,7 +129,7 @@ class ProgramSet:
         setup = self._setup
         mode, alternatives, vocab_size = setup.logprobs_mode, setup.shape.alternatives_max, setup.shape.vocab_size
         placement = setup.replicated if setup.spans_processes else setup.by_samples
-        together = ROWS_TOGETHER if setup.devices[0].platform == "cpu" else None
+        together = ROWS_TOGETHER if setup.platform == "cpu" else None
         of_logprobs = jax.ShapeDtypeStruct((setup.mesh.size,), jnp.int32, sharding=placement)
         return self._program(
             f"sample_B{count}",
