@@ -78,6 +78,7 @@ kernels-check: $(KERNELS)/.installed  ## compile the GPU kernels for an H200 wit
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_portable.py $(filter --write,$(ARGS))
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_steps.py $(filter --write,$(ARGS))
 	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_sharded_steps.py $(filter --write,$(ARGS))
+	PYTHONPATH=. $(KERNELS)/bin/python scripts/check_launches.py $(filter --write,$(ARGS))
 
 kernels-gpu:  ## on a GPU, with PYTHON's packages as they are: results, speed and whole steps; kernels-gpu.{json,md}
 	PYTHONPATH=. $(PYTHON) scripts/kernels_gpu.py $(ARGS)

@@ -3,22 +3,26 @@
 A program takes runs [first, first of the next) of the line, so no multiprocessor waits long for a last wave. Tiles
 that it begins are its own; of a tile that another began it leaves a part, which XLA adds where it reads the result.
 Tiles of the same outputs follow each other, so their weights come from the L2 cache. Outputs are the 64-row side of
-wgmma. Knows the line and its ring in shared memory, not what is multiplied.
+wgmma. `multiply` is the whole kernel but for the sums of a part, which are the caller's: one warpgroup copies weights
+and rows into a ring in shared memory (TMA), the others take OUTS outputs each. Knows the line and its ring, not what
+the numbers in it mean.
 Invariant: every program knows its part from its number alone."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-from kernels_pallas import hopper
+from kernels_pallas import hopper, mosaic
 from kernels_pallas.mosaic import Ref
 
 OUTS = hopper.OUTS
@@ -27,8 +31,34 @@ REGISTERS = 65536             # of a multiprocessor
 MATH_REGISTERS_MAX = 232
 IDLE_MAX = 1.125              # of the time that whole tiles take, over equal parts' time
 
-Sum = Callable[[Array, Array, Array, Array], Array]
-"""(first output, first row, where its runs begin and end on the line) -> sums of a warpgroup, [OUTS, rows]."""
+
+class Refs(NamedTuple):
+    """What sums are made of: runs of inputs in flight, in shared memory, and what lies beside."""
+
+    weight: Ref                  # [stages, outs, columns of the weights' array that a run takes]
+    rows: Ref                    # [stages, rows, inputs of a run]
+    full: Ref                    # completes when a run has landed,
+    empty: Ref                   # and this when every warpgroup that multiplies has read it
+    beside: tuple[Ref, ...]      # in memory
+
+
+class Part(NamedTuple):
+    """What a warpgroup sums at once: OUTS outputs of a tile of rows, over runs of the line."""
+
+    warpgroup: Array
+    own: Array                   # the first output
+    row: Array                   # the first row
+    run_first: Array
+    run_end: Array
+
+    @property
+    def outs(self) -> Any:
+        """Of the tile's outputs, those of this warpgroup."""
+        return pl.ds(self.warpgroup * OUTS, OUTS)
+
+
+Sums = Callable[[Refs, Part], Array]
+"""Sums of a part, [OUTS, rows], in the layout `mosaic.MATRIX`: awaits `full` of every run and arrives at `empty`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +72,24 @@ class Line:
     out_tiles: int
     runs: int
 
+    @classmethod
+    def of(cls, tiles: hopper.Tiles, *, tokens: int, outs: int, runs: int) -> Line:
+        """A product of that many rows and outputs; outputs are whole tiles."""
+        return cls(tiles=tiles, row_tiles=pl.cdiv(tokens, tiles.rows), out_tiles=outs // tiles.outs, runs=runs)
+
     @property
     def rows(self) -> int:
         """Of x, padded to whole tiles."""
         return self.row_tiles * self.tiles.rows
+
+    def padded(self, x_TI: Array) -> Array:
+        """x with rows of zeros up to whole tiles."""
+        return jnp.pad(x_TI, ((0, self.rows - len(x_TI)), (0, 0)))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a warpgroup's sums."""
+        return OUTS, self.tiles.rows
 
     @property
     def is_cut(self) -> bool:
@@ -114,38 +158,73 @@ def math_registers(warpgroups: int) -> int:
     return min(MATH_REGISTERS_MAX, (share * (warpgroups + 1) - LOADER_REGISTERS) // warpgroups // 8 * 8)
 
 
-def load(
-    line: Line, weight_OC: Ref, x_TI: Ref, weight: Ref, rows: Ref, full: Ref, empty: Ref
-) -> None:
+def multiply(
+    line: Line, x_TI: Array, weight_OC: Array, *beside: Array, sums: Sums, memory: tuple[Any, Any],
+    dtype: DTypeLike, name: str, interpret: Any,
+) -> Array:
+    """The product x @ weight.T of a line.
+
+    Args:
+      x_TI: padded rows; a run is as many of their numbers as `memory` holds.
+      weight_OC: numbers or codes; a run is as many of their columns as `memory` holds.
+      beside: arrays that `sums` reads from memory.
+      memory: scratch types of `Refs.weight` and `Refs.rows`.
+      dtype: of the sums, float32 or int32.
+      name: what profiles show.  interpret: runs the simulator.
+
+    Returns:
+      [T, O] of `dtype`, T padded.
+    """
+    tiles, outs = line.tiles, len(weight_OC)
+    results = (
+        jax.ShapeDtypeStruct((line.rows, outs), dtype),
+        jax.ShapeDtypeStruct((line.part_count, tiles.rows, tiles.outs), dtype),
+    )
+    scratch = (
+        *memory, plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
+    )
+
+    def body(x_TI: Ref, weight_OC: Ref, *refs: Ref) -> None:
+        *beside, out_TO, part_PTO, weight, rows, full, empty = refs
+        seen = Refs(weight, rows, full, empty, tuple(beside))
+        warpgroup = lax.axis_index("warpgroup")
+        pl.when(warpgroup == tiles.warpgroups)(lambda: _load(line, weight_OC, x_TI, seen))
+        pl.when(warpgroup < tiles.warpgroups)(lambda: _sum_tiles(line, sums, seen, warpgroup, out_TO, part_PTO))
+
+    out_TO, part_PTO = mosaic.launch(
+        body, x_TI, weight_OC, *beside, name=name, grid={"program": tiles.programs}, threads=tiles.warpgroups + 1,
+        out_type=results, scratch=scratch, interpret=interpret,
+    )
+    return line.joined(out_TO, part_PTO)
+
+
+def _load(line: Line, weight_OC: Ref, x_TI: Ref, refs: Refs) -> None:
     """The loader: weights and rows of each run into the ring, as far ahead as it allows."""
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
     tiles = line.tiles
     begin, end = line.part()
-    bytes_, inputs = weight.shape[2], rows.shape[2]
+    columns, inputs = refs.weight.shape[2], refs.rows.shape[2]
 
     def copy(at: Array, _: None) -> None:
         stage = lax.rem(at - begin, tiles.stages)
 
         @pl.when(at - begin >= tiles.stages)
         def _() -> None:
-            plgpu.barrier_wait(empty.at[stage])
+            plgpu.barrier_wait(refs.empty.at[stage])
 
         run = lax.rem(at, line.runs)
         out, row = line.place(lax.div(at, line.runs))
-        of_weight = weight_OC.at[pl.ds(out, tiles.outs), pl.ds(run * bytes_, bytes_)]
+        of_weight = weight_OC.at[pl.ds(out, tiles.outs), pl.ds(run * columns, columns)]
         of_rows = x_TI.at[pl.ds(row, tiles.rows), pl.ds(run * inputs, inputs)]
-        plgpu.copy_gmem_to_smem(of_weight, weight.at[stage], full.at[stage])
-        plgpu.copy_gmem_to_smem(of_rows, rows.at[stage], full.at[stage])
+        plgpu.copy_gmem_to_smem(of_weight, refs.weight.at[stage], refs.full.at[stage])
+        plgpu.copy_gmem_to_smem(of_rows, refs.rows.at[stage], refs.full.at[stage])
 
     lax.fori_loop(begin, end, copy, None)
-
-    def drain(at: Array, _: None) -> None:
-        plgpu.barrier_wait(empty.at[lax.rem(at - begin, tiles.stages)])
-
-    lax.fori_loop(jnp.maximum(begin, end - tiles.stages), end, drain, None)
+    mosaic.await_readers((refs.empty,), tiles.stages, end - begin)
 
 
-def multiply(line: Line, warpgroup: Array, sum_: Sum, out_TO: Ref, part_PTO: Ref) -> None:
+def _sum_tiles(line: Line, sums: Sums, refs: Refs, warpgroup: Array, out_TO: Ref, part_PTO: Ref) -> None:
     """The other warpgroups: 64 outputs each, tile by tile, from registers to memory."""
     tiles = line.tiles
     plgpu.set_max_registers(math_registers(tiles.warpgroups), action="increase")
@@ -159,7 +238,8 @@ def multiply(line: Line, warpgroup: Array, sum_: Sum, out_TO: Ref, part_PTO: Ref
         run_end = jnp.minimum(end, (tile + 1) * line.runs)
         out, row = line.place(tile)
         own = out + warpgroup * OUTS
-        sum_ON = plgpu.layout_cast(sum_(own, row, run_first, run_end), plgpu.Layout.WGMMA_TRANSPOSED)
+        part = Part(warpgroup, own, row, run_first, run_end)
+        sum_ON = plgpu.layout_cast(sums(refs, part), plgpu.Layout.WGMMA_TRANSPOSED)
         is_own = run_first == tile * line.runs
 
         @pl.when(is_own)

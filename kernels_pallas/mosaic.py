@@ -1,4 +1,4 @@
-"""Pieces of Mosaic GPU programs that the attention kernels share: rings of pages in shared memory, scores, edges.
+"""Pieces of Mosaic GPU programs that kernels share: launching, rings of pages in shared memory, scores, edges.
 
 Knows one program's references, barriers and register layouts; knows no work item. Imported only where jax >= 0.11.
 Invariant: every completed phase of a barrier is waited for, and what registers read of or wrote to shared memory is
@@ -122,11 +122,15 @@ def load_block(
 
 def drain(rings: tuple[Ring, ...], turns: Array) -> None:
     """Waits until the readers are done with the last blocks, so that no phase is left unobserved."""
-    stages = rings[0].block.shape[0]
+    await_readers(tuple(one.empty for one in rings), rings[0].block.shape[0], turns)
+
+
+def await_readers(empties: tuple[Ref, ...], stages: int, turns: Array) -> None:
+    """The same of rings of any kind: the barriers by which readers give places back."""
 
     def wait(turn: Array, carry: None) -> None:
-        for one in rings:
-            plgpu.barrier_wait(one.empty.at[lax.rem(turn, stages)])
+        for empty in empties:
+            plgpu.barrier_wait(empty.at[lax.rem(turn, stages)])
 
     lax.fori_loop(jnp.maximum(turns - stages, 0), turns, wait, None)
 

@@ -7,13 +7,14 @@ experts).
     make kernels-check ARGS=--write                   # write the tables anew
 
 Fails where a program copies the cache or does not alias all it has of it, where a layer lacks a kernel, has another one
-or sends more than two all-reduces, where temporaries pass a bound, and on any figure that differs from the table. Says
-nothing of speed.
+or sends more than two all-reduces (a mixture's experts and what all tokens share are summed by one), where temporaries
+pass a bound, and on any figure that differs from the table. Says nothing of speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,35 +22,38 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"     # before jax: the plugin is there, its device is not
 
 import jax
 
+from jaxserve.core.model_spec import LayerSpec, MoeMlp
 from jaxserve.flags import engine_config_from_kwargs
-from jaxserve.models.registry import read_spec
+from jaxserve.models.registry import read_spec, spec_from_config
 from jaxserve.plan.devices import kind
 from jaxserve.plan.sizes import Sizer
 from jaxserve.plan.temporaries import compile_only_mesh
 from jaxserve.runner.compile import Compiler
 from jaxserve.runner.programs import ProgramSet
+from jaxserve.runner.setup import RunnerSetup
 from scripts import check_kernels
 from scripts.check_steps import KERNELS
-from scripts.published_models import LATENT, MODELS
+from scripts.published_models import CUT, LATENT, MODELS
 
 TABLES = {     # title -> devices, --attention-backend, models
-    "steps compiled for eight H200": (8, "mosaic_gpu", MODELS),
+    "steps compiled for eight H200": (8, "mosaic_gpu", MODELS | LATENT | CUT),
     "steps compiled for one H200 by auto": (1, "auto", MODELS | LATENT),
 }
 HEADER = (
-    "| model | program | tokens | layers | temporaries MiB | cache in place MiB | attention kernels | all-reduce "
-    "| all-to-all | all-gather |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| model | program | tokens | layers | temporaries MiB | cache in place MiB | attention kernels | expert kernels "
+    "| all-reduce | all-to-all | all-gather |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 ROWS, LENGTH_MAX, POOL = 64, 8192, "2G"
 TEMPORARIES_MAX = 1 << 30     # of a program: far less than the pool that they are taken from
 COLLECTIVE = re.compile(r"= \S.*? (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+KERNEL = re.compile(r'custom_call_target="([^"]+)"')
 COPY = re.compile(r"= (\w+\[[\d,]+\])\S* copy(?:-start)?\(")
 
 
@@ -58,67 +62,81 @@ class Expected:
     """Of a program of layers.
 
     Attributes:
-      kernels: Mosaic GPU calls of a layer.  sums: all-reduces of a layer.
+      kernels: Mosaic GPU calls of a layer.  expert_kernels: Triton calls of a layer with experts.
+      sums: all-reduces of a layer.
       cache: bytes that are aliased at least.  page: how HLO spells one device's keys of a layer.
     """
 
     kernels: int
+    expert_kernels: int
     sums: int
     cache: int
     page: str
 
 
-def rows(name: str, devices: int, backend: str) -> Iterator[str]:
-    """A decode step and one of many tokens: embedding, each kind of segment, final norm; sampling."""
+@contextlib.contextmanager
+def engine(name: str, devices: int, backend: str) -> Iterator[tuple[RunnerSetup, ProgramSet, Compiler]]:
+    """A model's programs as the engine on so many H200s would have them, and who compiles them without one."""
     device = kind("H200")
     mesh = compile_only_mesh(device, devices, has_whole_experts=False)
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        (folder / "config.json").write_text(json.dumps((MODELS | LATENT)[name]))
-        spec = read_spec(folder)
+        (folder / "config.json").write_text(json.dumps((MODELS | LATENT | CUT)[name]))
         config = engine_config_from_kwargs(
             path, tensor_parallel_size=devices, max_num_seqs=ROWS, max_num_batched_tokens=2048, dtype="bfloat16",
             max_model_len=LENGTH_MAX, attention_backend=backend, kv_cache_memory_bytes=POOL,
         )
-        sized = Sizer(spec=spec, folder=folder).size(config, device, lambda *_: 0, mesh=mesh)
-    setup = sized.setup
+        sized = Sizer(spec=read_spec(folder), folder=folder).size(config, device, lambda *_: 0, mesh=mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        programs, compiler = ProgramSet(setup, sized.params[0]), Compiler(None, setup.devices)
-        firsts = {segment.kind: len(segment.layers) for segment in reversed(programs.segments)}
+        yield sized.setup, ProgramSet(sized.setup, sized.params[0]), Compiler(None, sized.setup.devices)
+
+
+def rows(name: str, devices: int, backend: str) -> Iterator[str]:
+    """A decode step and one of many tokens: embedding, each kind of segment, final norm; sampling."""
+    spec = spec_from_config((MODELS | LATENT | CUT)[name])
+    with engine(name, devices, backend) as (setup, programs, compiler):
+        firsts = {
+            segment.kind: spec.layers[segment.start : segment.stop] for segment in reversed(programs.segments)
+        }
         group = spec.kv_groups[0]
         heads = max(1, group.kv_head_count // devices)
         expected = Expected(
-            kernels=len(KERNELS) if backend == "mosaic_gpu" else 0, sums=2 if devices > 1 else 0,
+            kernels=len(KERNELS) if backend == "mosaic_gpu" else 0,
+            expert_kernels=2 if setup.experts == "triton" else 0, sums=2 if devices > 1 else 0,
             cache=setup.memory.pool_bytes // len(spec.layers),
             page=f"[{setup.shape.groups[0].page_count},{heads},{setup.shape.page_size},{group.head_dim}]",
         )
         decode = min(size for size in setup.buckets.tokens if size >= ROWS // 2)
         for tokens in (decode, setup.buckets.tokens_max):
             begin, *between, finish = programs.forward(tokens)
-            yield _row(name, "begin", tokens, 0, expected, compiler.build(begin))
+            yield _row(name, "begin", tokens, (), expected, compiler.build(begin))
             for layers, program in zip((firsts[kind] for kind in range(len(firsts))), between, strict=True):
                 yield _row(name, "layers", tokens, layers, expected, compiler.build(program))
-            yield _row(name, "finish", tokens, 0, expected, compiler.build(finish))
-        yield _row(name, "sample", ROWS, 0, expected, compiler.build(programs.sample(ROWS)))
+            yield _row(name, "finish", tokens, (), expected, compiler.build(finish))
+        yield _row(name, "sample", ROWS, (), expected, compiler.build(programs.sample(ROWS)))
 
 
-def _row(name: str, part: str, tokens: int, layers: int, expected: Expected, executable: jax.stages.Compiled) -> str:
-    memory, text = executable.memory_analysis(), executable.as_text()
-    sent = Counter(COLLECTIVE.findall(text))
-    kernels = text.count('custom_call_target="mosaic_gpu_v2"')
+def _row(
+    name: str, part: str, tokens: int, layers: Sequence[LayerSpec], expected: Expected, executable: jax.stages.Compiled
+) -> str:
+    memory, text, count = executable.memory_analysis(), executable.as_text(), len(layers)
+    mixtures = sum(isinstance(layer.mlp, MoeMlp) for layer in layers)
+    sent, called = Counter(COLLECTIVE.findall(text)), Counter(KERNEL.findall(text))
+    kernels, expert_kernels = called["mosaic_gpu_v2"], called["__gpu$xla.gpu.triton"]
     held = memory.alias_size_in_bytes if layers else 0
     copies = [shape for shape in COPY.findall(text) if shape.endswith(expected.page)]
-    wanted = (layers * expected.kernels, layers * expected.sums)
-    if layers and (held < layers * expected.cache or (kernels, sent["all-reduce"]) != wanted or copies):
+    wanted = (count * expected.kernels, mixtures * expected.expert_kernels, count * expected.sums)
+    found = (kernels, expert_kernels, sent["all-reduce"])
+    if layers and (held < count * expected.cache or found != wanted or copies):
         raise RuntimeError(
-            f"{name} {part} {tokens}: {held} of {layers * expected.cache} bytes aliased, {kernels} kernels, {sent}, "
+            f"{name} {part} {tokens}: {held} of {count * expected.cache} bytes aliased, calls {found}, not {wanted}, "
             f"{copies}"
         )
     if memory.temp_size_in_bytes > TEMPORARIES_MAX:
         raise RuntimeError(f"{name} {part} {tokens}: {memory.temp_size_in_bytes} bytes of temporaries")
     return (
-        f"| {name} | {part} | {tokens} | {layers or ''} | {memory.temp_size_in_bytes / 2**20:.0f} | "
-        f"{held / 2**20:.0f} | {kernels} | {sent['all-reduce']} | {sent['all-to-all']} | "
+        f"| {name} | {part} | {tokens} | {count or ''} | {memory.temp_size_in_bytes / 2**20:.0f} | "
+        f"{held / 2**20:.0f} | {kernels} | {expert_kernels} | {sent['all-reduce']} | {sent['all-to-all']} | "
         f"{sent['all-gather']} |"
     )
 

@@ -22,7 +22,7 @@ from jaxserve.sharding.mesh import make_mesh
 
 MARGIN = 1.25
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-LOGITS_COPIES = 1.15        # of a step's logits in float32, beside those before they are exchanged
+LOGITS_COPIES = 4.01        # of a step's logits in float32: as they come, masked, and what top-p makes of them
 
 # XLA's GpuTargetConfigProto. Cores and shared memory decide how kernels are tiled: (cores, shared bytes of one, L2).
 _CHIPS = {

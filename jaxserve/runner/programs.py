@@ -26,7 +26,7 @@ from jaxserve.runner.forward import Begun, Sampling, begin, finish, run_layers
 from jaxserve.runner.inputs import StepLayout
 from jaxserve.runner.row_state import RowState
 from jaxserve.runner.sample import head_params, sample_step, score_step
-from jaxserve.runner.sampling import Logprobs, Sampled
+from jaxserve.runner.sampling import ROWS_TOGETHER, Logprobs, Sampled
 from jaxserve.runner.segments import cut, ends, leaves_of
 from jaxserve.runner.setup import RunnerSetup
 from kernels_pallas.native import api as native
@@ -129,12 +129,13 @@ class ProgramSet:
         setup = self._setup
         mode, alternatives, vocab_size = setup.logprobs_mode, setup.shape.alternatives_max, setup.shape.vocab_size
         placement = setup.replicated if setup.spans_processes else setup.by_samples
+        together = ROWS_TOGETHER if setup.platform == "cpu" else None
         of_logprobs = jax.ShapeDtypeStruct((setup.mesh.size,), jnp.int32, sharding=placement)
         return self._program(
             f"sample_B{count}",
             functools.partial(
                 sample_step, model=self._model, tree=self._head_tree, count=count, vocab_size=vocab_size,
-                alternatives=alternatives, mode=mode, tells_logprobs=setup.spans_processes,
+                alternatives=alternatives, mode=mode, tells_logprobs=setup.spans_processes, together=together,
             ),
             (self._head_leaves, self._sampling, self._rows),
             (self._rows, Sampled(0, 0, Logprobs(*[of_logprobs] * len(Logprobs._fields)))),    # type: ignore[arg-type]

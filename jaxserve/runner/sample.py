@@ -42,6 +42,7 @@ def sample_step(
     alternatives: int,
     mode: LogprobsMode,
     tells_logprobs: bool = False,
+    together: int | None = None,
 ) -> tuple[RowState, Sampled]:
     """Samples one token for each of the first `count` rows of `step`; leaves and tree are those of `head_params`.
 
@@ -54,7 +55,9 @@ def sample_step(
     hidden_BD = jnp.where(is_real_B1, step.hidden_BD[:count], jnp.zeros((), step.hidden_BD.dtype))
     logits_BV = logits_of_own_rows(model, jax.tree.unflatten(tree, leaves), hidden_BD, vocab_size)
     own_row_B, own_position_B = (collectives.own_rows(x_B, "samples") for x_B in (row_B, position_B))
-    sampled = sample_rows(logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives)
+    sampled = sample_rows(
+        logits_BV, rows, own_row_B, own_position_B, mode=mode, alternatives=alternatives, together=together
+    )
     sampled = _told_to_all(sampled)
     if tells_logprobs:
         wants = rows.settings.has_logprobs_R.at[row_B].get(mode="fill", fill_value=False).any()

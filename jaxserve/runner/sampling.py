@@ -19,7 +19,7 @@ from jaxserve.runner import vocab
 from jaxserve.runner.row_state import RowSettings, RowState
 from jaxserve.runner.shaping import gather_settings, needs_shaping, restrict, shape_logits
 
-# Rows worked on at once on CPUs: 8 x 49,152 float32 stay near the cores, 64 do not, and every search passes over its
+# Rows to work on at once on CPUs: 8 x 49,152 float32 stay near the cores, 64 do not, and every search passes over its
 # rows some fifteen times (64 rows at temperature 1: 5 ms instead of 20, with top-p 25 instead of 55).
 ROWS_TOGETHER = 8
 SAMPLE = 0      # purposes of a key: what the random numbers of one position are for
@@ -45,16 +45,18 @@ class Sampled(NamedTuple):
 
 
 def sample_rows(
-    logits_BV: Array, rows: RowState, row_B: Array, position_B: Array, *, mode: LogprobsMode, alternatives: int
+    logits_BV: Array, rows: RowState, row_B: Array, position_B: Array, *, mode: LogprobsMode, alternatives: int,
+    together: int | None = None,
 ) -> Sampled:
     """The whole of sampling; what no row asks for is not computed.
 
     Args:
       row_B: R for padding.  position_B: the position that the sampled token will take.
       mode: what the logprobs are of.  alternatives: X, how many each row brings.
+      together: rows worked on at once, at most; None: all. Every group waits for its own conditions.
     """
     B = row_B.shape[0]
-    together = math.gcd(B, ROWS_TOGETHER) if jax.default_backend() == "cpu" else B
+    together = B if together is None else math.gcd(B, together)
 
     def sample_group(of: tuple[Array, Array, Array]) -> Sampled:
         return _sample_group(of[0].astype(jnp.float32), rows, of[1], of[2], mode, alternatives)

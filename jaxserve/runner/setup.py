@@ -75,13 +75,17 @@ class RunnerSetup:
     @property
     def experts(self) -> str:
         """Who multiplies a mixture's experts. XLA's loop waits for the host at every tile on a GPU, but is exact."""
-        is_gpu = self.devices[0].platform == "gpu"
-        return "triton" if is_gpu and self.dtype.itemsize == 2 else "xla"
+        return "triton" if self.platform == "gpu" and self.dtype.itemsize == 2 else "xla"
 
     @property
     def spans_processes(self) -> bool:
         """Whether other processes have some of the devices: what the host reads must then be whole on each."""
         return isinstance(self.mesh, jax.sharding.Mesh) and len(self.mesh.local_devices) < self.mesh.size
+
+    @property
+    def platform(self) -> str:
+        """What programs are compiled for, which need not be what compiles them: "cpu", "gpu"."""
+        return self.devices[0].platform
 
     @property
     def devices(self) -> tuple[jax.Device, ...]:

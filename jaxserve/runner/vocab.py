@@ -30,6 +30,11 @@ def row_max(x_BV: Array) -> Array:
     return blocks(x_BV, -jnp.inf).max(-1).max(-1)
 
 
+def row_min(x_BV: Array) -> Array:
+    """[B] the minimum; NaN where the row holds one."""
+    return blocks(x_BV, jnp.inf).min(-1).min(-1)
+
+
 def argmax(x_BV: Array) -> Array:
     """[B] the first index of the maximum."""
     x_BWS = blocks(x_BV, -jnp.inf)

@@ -11,8 +11,8 @@ cores beyond, at twice the rate of bfloat16. Not yet run on hardware: see docs/k
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import hopper, line, mosaic
 from kernels_pallas.eight_bit_matmul.api import RUN
 from kernels_pallas.hopper import OUTS
-from kernels_pallas.line import Line
+from kernels_pallas.line import Line, Part, Refs
 from kernels_pallas.mosaic import MATRIX, PER_COLUMN, PER_ROW, Ref, along, filled
 
 FLOAT_ROWS_MAX = 128
@@ -50,129 +50,59 @@ def eight_bit_matmul(
     sizes = sizes or hopper.tiles(
         "eight_bit_matmul", key(x_TI.dtype, groups, outs, ins, T), tiles(x_TI.dtype, outs, T)
     )
-    of_work = Line(tiles=sizes, row_tiles=pl.cdiv(T, sizes.rows), out_tiles=outs // sizes.outs, runs=ins // RUN)
+    over = Line.of(sizes, tokens=T, outs=outs, runs=ins // RUN)
     with jax.named_scope("eight_bit_matmul"):
-        padding = (0, of_work.rows - T)
-        operands = {"x_TI": jnp.pad(x_TI, (padding, (0, 0))), "weight_OI": weight_OI}
-        group_runs = 0
+        scales: tuple[Array, ...] = ()
+        is_integer = x_TI.dtype == jnp.int8
+        sums = functools.partial(_integer_sums if is_integer else _float_sums, over)
         if scale_TG is not None and scale_OG is not None:
-            operands |= {"scale_GT": jnp.pad(scale_TG, (padding, (0, 0))).T, "scale_OG": scale_OG}
-            group_runs = ins // scale_OG.shape[1] // RUN
-        plan = _Plan(line=of_work, is_float=x_TI.dtype != jnp.int8, group_runs=group_runs)
-        return of_work.joined(*_multiply(operands, plan, interpret))[:T]
+            scales = over.padded(scale_TG).T, scale_OG
+        memory = (
+            mosaic.shared((sizes.stages, sizes.outs, RUN), x_TI.dtype),
+            mosaic.shared((sizes.stages, sizes.rows, RUN), x_TI.dtype),
+        )
+        out_TO = line.multiply(
+            over, over.padded(x_TI), weight_OI, *scales, memory=memory, name="eight_bit_matmul", interpret=interpret,
+            sums=sums, dtype=jnp.int32 if is_integer else jnp.float32,
+        )
+        return out_TO[:T]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """What a program is compiled for.
-
-    Attributes:
-      group_runs: runs of inputs that share scales; 0 where there are no scales.
-    """
-
-    line: Line
-    is_float: bool
-    group_runs: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of a warpgroup's sums."""
-        return OUTS, self.line.tiles.rows
-
-
-class _Refs(NamedTuple):
-    """What a program sees."""
-
-    x_TI: Ref
-    weight_OI: Ref
-    out_TO: Ref
-    part_PTO: Ref
-    weight: Ref           # shared memory from here on: [stages, outs, RUN]
-    rows: Ref             # [stages, rows, RUN]
-    full: Ref
-    empty: Ref
-    scale_GT: Ref | None = None
-    scale_OG: Ref | None = None
-
-
-def _multiply(operands: dict[str, Array], plan: _Plan, interpret: Any) -> tuple[Array, Array]:
-    """The product as far as programs own its tiles, and what they leave of others' tiles."""
-    tiles_, (T, _), outs = plan.line.tiles, operands["x_TI"].shape, len(operands["weight_OI"])
-    dtype = jnp.float32 if plan.is_float else jnp.int32
-    results = {
-        "out_TO": jax.ShapeDtypeStruct((T, outs), dtype),
-        "part_PTO": jax.ShapeDtypeStruct((plan.line.part_count, tiles_.rows, tiles_.outs), dtype),
-    }
-    eight = operands["x_TI"].dtype
-    scratch = {
-        "weight": mosaic.shared((tiles_.stages, tiles_.outs, RUN), eight),
-        "rows": mosaic.shared((tiles_.stages, tiles_.rows, RUN), eight),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles_.stages),
-        "empty": plgpu.Barrier(num_arrivals=tiles_.warpgroups, num_barriers=tiles_.stages),
-    }
-
-    def body(*refs: Ref) -> None:
-        seen = _Refs(**dict(zip((*operands, *results, *scratch), refs, strict=True)))
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == tiles_.warpgroups)
-        def _() -> None:
-            line.load(plan.line, seen.weight_OI, seen.x_TI, seen.weight, seen.rows, seen.full, seen.empty)
-
-        @pl.when(warpgroup < tiles_.warpgroups)
-        def _() -> None:
-            sums = _float_sums if plan.is_float else _integer_sums
-
-            def sum_(own: Array, row: Array, run_first: Array, run_end: Array) -> Array:
-                return sums(seen, plan, warpgroup, own, row, run_first, run_end)
-
-            line.multiply(plan.line, warpgroup, sum_, seen.out_TO, seen.part_PTO)
-
-    return mosaic.launch(
-        body, *operands.values(), name="eight_bit_matmul", grid={"program": tiles_.programs},
-        threads=tiles_.warpgroups + 1, out_type=tuple(results.values()), scratch=tuple(scratch.values()),
-        interpret=interpret,
-    )
-
-
-def _integer_sums(
-    refs: _Refs, plan: _Plan, warpgroup: Array, own: Array, row: Array, run_first: Array, run_end: Array
-) -> Array:
-    """Sums of one tile [OUTS, rows] over some runs."""
+def _integer_sums(over: Line, refs: Refs, part: Part) -> Array:
+    """Sums of a part [OUTS, rows]."""
 
     def over_runs(total: Ref) -> Array:
         def add(at: Array, _: None) -> None:
-            stage = plan.line.stage(at)
+            stage = over.stage(at)
             plgpu.barrier_wait(refs.full.at[stage])
-            plgpu.wgmma(total, refs.weight.at[stage, pl.ds(warpgroup * OUTS, OUTS)], refs.rows.at[stage].T)
+            plgpu.wgmma(total, refs.weight.at[stage, part.outs], refs.rows.at[stage].T)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(refs.empty.at[stage])
 
-        lax.fori_loop(run_first, run_end, add, None)
+        lax.fori_loop(part.run_first, part.run_end, add, None)
         return total[...]
 
-    return pl.run_scoped(over_runs, plgpu.ACC(plan.shape, jnp.int32))
+    return pl.run_scoped(over_runs, plgpu.ACC(over.shape, jnp.int32))
 
 
-def _float_sums(
-    refs: _Refs, plan: _Plan, warpgroup: Array, own: Array, row: Array, run_first: Array, run_end: Array
-) -> Array:
+def _float_sums(over: Line, refs: Refs, part: Part) -> Array:
     """The same of floats, run by run in float32."""
 
     def add(at: Array, total: Array) -> Array:
-        stage = plan.line.stage(at)
+        stage = over.stage(at)
         scale_O = scale_T = None
-        if refs.scale_GT is not None and refs.scale_OG is not None:
-            group = lax.div(lax.rem(at, plan.line.runs), plan.group_runs)
-            scale_O = plgpu.load(refs.scale_OG.at[pl.ds(own, OUTS), group], layout=PER_ROW, optimized=False)
-            of_rows = refs.scale_GT.at[group, pl.ds(row, plan.shape[1])]
+        if refs.beside:
+            scale_GT, scale_OG = refs.beside
+            group = lax.div(lax.rem(at, over.runs), over.runs // scale_OG.shape[1])
+            scale_O = plgpu.load(scale_OG.at[pl.ds(part.own, OUTS), group], layout=PER_ROW, optimized=False)
+            of_rows = scale_GT.at[group, pl.ds(part.row, over.shape[1])]
             scale_T = plgpu.load(of_rows, layout=PER_COLUMN, optimized=False)
         plgpu.barrier_wait(refs.full.at[stage])
-        weight = refs.weight.at[stage, pl.ds(warpgroup * OUTS, OUTS)]
-        sum_ = mosaic.product(plan.shape, weight, refs.rows.at[stage].T)
+        weight = refs.weight.at[stage, part.outs]
+        sum_ = mosaic.product(over.shape, weight, refs.rows.at[stage].T)
         plgpu.barrier_arrive(refs.empty.at[stage])
         if scale_O is None or scale_T is None:
             return total + sum_
-        return total + sum_ * along(scale_O, 0, plan.shape) * along(scale_T, 1, plan.shape)
+        return total + sum_ * along(scale_O, 0, over.shape) * along(scale_T, 1, over.shape)
 
-    return lax.fori_loop(run_first, run_end, add, filled(plan.shape, 0.0, MATRIX))
+    return lax.fori_loop(part.run_first, part.run_end, add, filled(over.shape, 0.0, MATRIX))

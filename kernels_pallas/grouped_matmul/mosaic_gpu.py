@@ -153,12 +153,7 @@ def _load(refs: _Refs, each: Any, steps: int) -> None:
 
         lax.fori_loop(0, steps, load_step, None)
 
-    turns = each(load_unit) * steps
-
-    def drain(turn: Array, carry: None) -> None:
-        plgpu.barrier_wait(refs.empty.at[lax.rem(turn, STAGES)])
-
-    lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, drain, None)
+    mosaic.await_readers((refs.empty,), STAGES, each(load_unit) * steps)
 
 
 def _sum(refs: _Refs, each: Any, steps: int, warpgroup: Array) -> None:

@@ -18,7 +18,8 @@ work is cut, which depends on the number of rows: no bitwise batch invariance.""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper, line, mosaic
 from kernels_pallas.hopper import OUTS
-from kernels_pallas.line import Line
+from kernels_pallas.line import Line, Part, Refs
 from kernels_pallas.mosaic import MATRIX, PER_ROW, Ref, along, filled
 from kernels_pallas.quantized_matmul import instructions, sizes, words
 from kernels_pallas.quantized_matmul.weights import PackedWeight
@@ -40,17 +41,22 @@ def quantized_matmul(
     """See `api.quantized_matmul`. `tiles` overrides the sizes, `interpret` runs the simulator."""
     (T, ins), (outs, _), kind = x_TI.shape, weight.shape, sizes.kind(weight)
     tiles = tiles or sizes.chosen(weight, T)
+    over = Line.of(tiles, tokens=T, outs=outs, runs=ins // words.run_inputs(kind))
     plan = _Plan(
-        kind=kind, extra=weight.extra[0], group=weight.group_size, is_simulated=interpret is not None,
-        line=Line(
-            tiles=tiles, row_tiles=pl.cdiv(T, tiles.rows), out_tiles=outs // tiles.outs,
-            runs=ins // words.run_inputs(kind),
-        ),
+        kind=kind, extra=weight.extra[0], group=weight.group_size, is_simulated=interpret is not None, line=over
     )
     with jax.named_scope("quantized_matmul"):
-        padded_TI = jnp.pad(x_TI, ((0, plan.line.rows - T), (0, 0)))
-        out_TO, part_PTO = _multiply(words.arranged(padded_TI, kind), weight, plan, interpret)
-        return plan.line.joined(out_TO, part_PTO)[:T]
+        scales_sums = sizes.scales_sums(kind, plan.extra, plan.group, tiles.rows)
+        memory = (
+            plgpu.SMEM((tiles.stages, tiles.outs, words.RUN_BYTES), jnp.uint8),
+            mosaic.shared((tiles.stages, tiles.rows, plan.run), x_TI.dtype, 64),
+        )
+        out_TO = line.multiply(
+            over, words.arranged(over.padded(x_TI), kind), weight.code_OC, sizes.scales(weight), sizes.beside(weight),
+            sums=functools.partial(_scaled_sums if scales_sums else _sums, plan), memory=memory, dtype=jnp.float32,
+            name="quantized_matmul", interpret=interpret,
+        )
+        return out_TO[:T]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,130 +78,65 @@ class _Plan:
         """Of a run of inputs, at least one."""
         return max(1, self.run // self.group)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of a warpgroup's sums."""
-        return OUTS, self.line.tiles.rows
 
-
-class _Refs(NamedTuple):
-    """What a program sees."""
-
-    x_TI: Ref
-    code_OC: Ref
-    scale_OG: Ref
-    extra: Ref            # zeros [O, G], offsets [O, G] or planes of tables [O, 8]; where there is none, the scales
-    out_TO: Ref
-    part_PTO: Ref
-    code: Ref             # shared memory from here on: [stages, outs, RUN_BYTES]
-    rows: Ref             # [stages, rows, run]
-    full: Ref
-    empty: Ref
-
-
-def _multiply(x_TI: Array, weight: PackedWeight, plan: _Plan, interpret: Any) -> tuple[Array, Array]:
-    """The product as far as programs own its tiles, and what they leave of others' tiles."""
-    tiles, (T, _), (outs, _) = plan.line.tiles, x_TI.shape, weight.shape
-    operands = {
-        "x_TI": x_TI, "code_OC": weight.code_OC, "scale_OG": sizes.scales(weight), "extra": sizes.beside(weight),
-    }
-    results = {
-        "out_TO": jax.ShapeDtypeStruct((T, outs), jnp.float32),
-        "part_PTO": jax.ShapeDtypeStruct((plan.line.part_count, tiles.rows, tiles.outs), jnp.float32),
-    }
-    scratch = {
-        "code": plgpu.SMEM((tiles.stages, tiles.outs, words.RUN_BYTES), jnp.uint8),
-        "rows": mosaic.shared((tiles.stages, tiles.rows, plan.run), x_TI.dtype, 64),
-        "full": plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-        "empty": plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
-    }
-
-    def body(*refs: Ref) -> None:
-        seen = _Refs(**dict(zip((*operands, *results, *scratch), refs, strict=True)))
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == tiles.warpgroups)
-        def _() -> None:
-            line.load(plan.line, seen.code_OC, seen.x_TI, seen.code, seen.rows, seen.full, seen.empty)
-
-        @pl.when(warpgroup < tiles.warpgroups)
-        def _() -> None:
-            scales_sums = sizes.scales_sums(plan.kind, plan.extra, plan.group, tiles.rows)
-            sums = _scaled_sums if scales_sums else _sums
-
-            def sum_(own: Array, _: Array, run_first: Array, run_end: Array) -> Array:
-                return sums(seen, plan, warpgroup, own, run_first, run_end)
-
-            line.multiply(plan.line, warpgroup, sum_, seen.out_TO, seen.part_PTO)
-
-    return mosaic.launch(
-        body, *operands.values(), name="quantized_matmul", grid={"program": tiles.programs},
-        threads=tiles.warpgroups + 1, out_type=tuple(results.values()), scratch=tuple(scratch.values()),
-        interpret=interpret,
-    )
-
-
-def _sums(
-    refs: _Refs, plan: _Plan, warpgroup: Array, own: Array, run_first: Array, run_end: Array
-) -> Array:
-    """Sums of one tile [OUTS, rows] over some runs; each weight is scaled."""
+def _sums(plan: _Plan, refs: Refs, part: Part) -> Array:
+    """Sums of a part [OUTS, rows]; each weight is scaled."""
+    scale_OG, extra = refs.beside
 
     def over_runs(total: Ref) -> Array:
         def add(at: Array, _: None) -> None:
             stage, run = plan.line.stage(at), lax.rem(at, plan.line.runs)
-            beside = _beside(refs, plan, own, run)
+            beside = _beside(plan, extra, part.own, run)
             plgpu.barrier_wait(refs.full.at[stage])
-            weight = _unpacked(refs, plan, warpgroup, stage, beside, _group_numbers(refs.scale_OG, plan, own, run))
+            scale = _group_numbers(plan, scale_OG, part.own, run)
+            weight = _unpacked(plan, refs.weight.at[stage, part.outs], beside, scale)
             plgpu.wgmma(total, weight, refs.rows.at[stage].T)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(refs.empty.at[stage])
 
-        lax.fori_loop(run_first, run_end, add, None)
+        lax.fori_loop(part.run_first, part.run_end, add, None)
         return total[...]
 
-    return pl.run_scoped(over_runs, plgpu.ACC(plan.shape, jnp.float32))
+    return pl.run_scoped(over_runs, plgpu.ACC(plan.line.shape, jnp.float32))
 
 
-def _scaled_sums(
-    refs: _Refs, plan: _Plan, warpgroup: Array, own: Array, run_first: Array, run_end: Array
-) -> Array:
+def _scaled_sums(plan: _Plan, refs: Refs, part: Part) -> Array:
     """The same; sums of a run are scaled."""
+    scale_OG, extra = refs.beside
+
     def add(at: Array, total: Array) -> Array:
         stage, run = plan.line.stage(at), lax.rem(at, plan.line.runs)
-        beside = _beside(refs, plan, own, run)
+        beside = _beside(plan, extra, part.own, run)
         group = lax.div(run * plan.run, plan.group)
-        scale_O = plgpu.load(refs.scale_OG.at[pl.ds(own, OUTS), group], layout=PER_ROW, optimized=False)
+        scale_O = plgpu.load(scale_OG.at[pl.ds(part.own, OUTS), group], layout=PER_ROW, optimized=False)
         plgpu.barrier_wait(refs.full.at[stage])
-        weight = _unpacked(refs, plan, warpgroup, stage, beside, None)
-        sum_ = mosaic.product(plan.shape, weight, refs.rows.at[stage].T)
+        weight = _unpacked(plan, refs.weight.at[stage, part.outs], beside, None)
+        sum_ = mosaic.product(plan.line.shape, weight, refs.rows.at[stage].T)
         plgpu.barrier_arrive(refs.empty.at[stage])
-        return total + sum_ * along(scale_O.astype(jnp.float32), 0, plan.shape)
+        return total + sum_ * along(scale_O.astype(jnp.float32), 0, plan.line.shape)
 
-    return lax.fori_loop(run_first, run_end, add, filled(plan.shape, 0.0, MATRIX))
+    return lax.fori_loop(part.run_first, part.run_end, add, filled(plan.line.shape, 0.0, MATRIX))
 
 
-def _group_numbers(of_groups: Ref, plan: _Plan, own: Array, run: Array) -> Array:
+def _group_numbers(plan: _Plan, of_groups: Ref, own: Array, run: Array) -> Array:
     """A number a group [OUTS, groups of a run], in the threads that hold its codes."""
     group = lax.div(run * plan.run, plan.group)
     part = of_groups.at[pl.ds(own, OUTS), pl.ds(group, plan.groups)]
     return plgpu.load(part, layout=instructions.by_group(plan.groups), optimized=False)
 
 
-def _beside(refs: _Refs, plan: _Plan, own: Array, run: Array) -> Array | None:
-    """Zeros, offsets or tables of a run."""
+def _beside(plan: _Plan, extra: Ref, own: Array, run: Array) -> Array | None:
+    """Of a run: zeros [O, G], offsets [O, G] or planes of tables [O, 8]; where there is none, `extra` says nothing."""
     if plan.extra in ("zero", "offset"):
-        return _group_numbers(refs.extra, plan, own, run)
+        return _group_numbers(plan, extra, own, run)
     if plan.kind not in ("table", "fp4"):
         return None
-    first = own if refs.extra.shape[0] > OUTS else 0      # one table for all
-    return plgpu.load(refs.extra.at[pl.ds(first, OUTS)], layout=instructions.TABLES, optimized=False)
+    first = own if extra.shape[0] > OUTS else 0      # one table for all
+    return plgpu.load(extra.at[pl.ds(first, OUTS)], layout=instructions.TABLES, optimized=False)
 
 
-def _unpacked(
-    refs: _Refs, plan: _Plan, warpgroup: Array, stage: Array, beside: Array | None, scale: Array | None
-) -> Array:
+def _unpacked(plan: _Plan, codes: Ref, beside: Array | None, scale: Array | None) -> Array:
     """Weights of a run, bfloat16 [OUTS, run], in the order of `words.arranged`."""
-    codes = refs.code.at[stage, pl.ds(warpgroup * OUTS, OUTS)]
     code_OC = plgpu.load(codes, layout=instructions.CODES, optimized=False)
     if scale is not None:
         scale = scale.astype(jnp.float32)

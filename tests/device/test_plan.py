@@ -89,7 +89,7 @@ def collectives(jaxpr: Any) -> Iterator[tuple[str, int]]:
     [("tiny-qwen2", False), ("families/olmo2", False), ("families/deepseek-v3", True), ("families/qwen2-moe", False)],
 )
 def test_the_messages_are_those_of_the_programs(name: str, whole_experts: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(RunnerSetup, "experts", property(lambda _: "xla"))     # the mesh has no devices to ask
+    monkeypatch.setattr(RunnerSetup, "platform", property(lambda _: "cpu"))     # the mesh has no devices to ask
     of = sized(sizer_of(FIXTURES / name), 2, whole_experts=whole_experts)
     programs, tokens, rows = ProgramSet(of.setup, of.params[0]), 64, 8
     forward, found = programs.forward(tokens), Counter[str]()

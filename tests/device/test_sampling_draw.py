@@ -190,15 +190,16 @@ def test_sick_logits_are_reported():
     np.testing.assert_array_equal(got.is_finite_B, [True, False, False, False, True, True])
 
 
-def test_grouping_rows_changes_nothing(monkeypatch):
-    """On CPUs rows are worked on eight at a time."""
+def test_grouping_rows_changes_nothing():
+    """On CPUs rows are worked on eight at a time, on GPUs all at once."""
     params = SamplingParams(top_p=0.9, logprobs=3)
     rows = admitted({row: (params, row, 0) for row in range(R)})
     x, at = jnp.asarray(logits(R)), jnp.arange(R, dtype=jnp.int32)
     results = []
-    for together in (2, 16):
-        monkeypatch.setattr(sampling, "ROWS_TOGETHER", together)
-        call = jax.jit(functools.partial(sampling.sample_rows, mode="raw_logprobs", alternatives=X))
+    for together in (2, None):
+        call = jax.jit(
+            functools.partial(sampling.sample_rows, mode="raw_logprobs", alternatives=X, together=together)
+        )
         results.append(call(x, rows, at, at + 9))
     np.testing.assert_array_equal(results[0].token_B, results[1].token_B)
     np.testing.assert_allclose(results[0].logprobs.logprob_B, results[1].logprobs.logprob_B, rtol=1e-6)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["check_kernels.py", "check_steps.py", "check_portable.py"])
+@pytest.mark.parametrize("script", ["check_kernels.py", "check_steps.py", "check_portable.py", "check_launches.py"])
 def test_kernels_and_steps_compile_as_the_tables_say(script: str) -> None:
     if (why := missing()) is not None:
         pytest.skip(why)

@@ -1,0 +1,145 @@
+"""Counts what a decode step launches on an H200 without one, part by part; two tables of docs/kernels.md.
+
+    make kernels-check                                # after the engine's programs
+    make kernels-check ARGS=--write                   # write the tables anew
+
+The engine's own programs with the Hopper kernels, 64 rows. Launches and bytes are read off the optimised HLO
+(`hlo_kernels`), so they say what is there to win and not how long anything takes. Fails on any figure that differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+os.environ["JAX_PLATFORMS"] = "cpu"     # before jax: the plugin is there, its device is not
+
+import jax
+
+from scripts import check_kernels
+from scripts.check_sharded_steps import ROWS, engine
+from scripts.hlo_kernels import Launch, launches
+from scripts.published_models import MODELS
+
+LAYER, SAMPLING = "launches of a layer", "launches of sampling"
+# Parts of a layer, the first that fits: (kind, scope) of a launch.
+PARTS = {
+    "products of weights": r"product .*",
+    "attention's kernels": r"kernel .*",
+    "norms": r".*_norm/",
+    "page write: bias, rope of keys": r".*attention\.write",
+    "queries: bias, rope, rows of decodes": r".*attention\.(qkv|decode)",
+    "queries and outputs of prefill": r".*(attention\.prefill|attention/jit\(_where\))",
+    "activation of the MLP": r".*/mlp/",
+    "residual additions": r".*Block/add$",
+    "constants": r".*",
+}
+# Stages of sampling, the first that fits what stands in a program's, branch's or loop's scopes.
+LOGITS = "logits, state, whether finite"
+STAGES = {
+    LOGITS: r"Decoder\.logits",
+    "all rows greedy: first maximum": r"^conditional 0 \S+ region[^ ]* (?!.*(sample\.|conditional))",
+    "logprobs, where a row wants some": r"sample\.logprobs",
+    "top-k, a turn": r"while \d \S*top_k",
+    "top-k, before and after": r"top_k",
+    "top-p, a turn": r"while \d \S*top_p",
+    "top-p, before and after": r"top_p",
+    "min-p": r"min_p",
+    "masks and penalties, where a row wants some": r"conditional 0 \S*sample\.shape/cond ",
+    "the same, where none does": r"conditional 1 \S*sample\.shape/cond ",
+    "branches that do nothing": r"conditional 1 \S*sample\.restrict/\S* \S+ *$",
+    "temperature and draw": r"sample\.choose",
+    "others": r"",
+}
+
+
+def layer_table() -> Iterator[str]:
+    """A row a part: launches of a layer, bytes read and written, and those as a share of the layer's weights."""
+    counted = {name: _of_layers(name) for name in MODELS}
+    yield "| part of a layer | " + " | ".join(
+        f"{name}: launches | KiB | % of {weights >> 20} MiB of weights" for name, (_, weights) in counted.items()
+    ) + " |"
+    yield "|---|" + "---|" * 3 * len(counted)
+    for part in PARTS:
+        cells = [_cells(found.get(part, []), weights) for found, weights in counted.values()]
+        yield f"| {part} | " + " | ".join(cells) + " |"
+
+
+def _cells(found: Sequence[tuple[float, float]], weights: int) -> str:
+    count, size = (sum(each) for each in zip(*found, strict=True)) if found else (0, 0)
+    return f"{count:.2f} | {size / 1024:.0f} | {100 * size / weights:.1f}"
+
+
+def _of_layers(name: str) -> tuple[dict[str, list[tuple[float, float]]], int]:
+    """(launches, bytes) of one layer by part, and the bytes of its weights."""
+    with engine(name, 1, "mosaic_gpu") as (setup, programs, compiler):
+        tokens = min(size for size in setup.buckets.tokens if size >= ROWS)
+        program, layers = programs.forward(tokens)[1], len(programs.segments[0].layers)
+        text = compiler.build(program).as_text()
+        group = setup.spec.kv_groups[0]
+        pool = f"[{setup.shape.groups[0].page_count},{group.kv_head_count},{setup.shape.page_size},{group.head_dim}]"
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0])) // layers
+    found: dict[str, list[tuple[float, float]]] = {}
+    for each in launches(text, pool):
+        part = next(part for part, what in PARTS.items() if re.match(what, f"{each.kind} {each.scope}"))
+        found.setdefault(part, []).append((1 / layers, (each.read + each.written) / layers))
+    products = found["products of weights"]
+    found["products of weights"] = [*products, (0, -weights)]      # beside the weights themselves
+    return found, weights
+
+
+def sampling_table() -> Iterator[str]:
+    """A row a stage: launches, bytes, and those as a share of the matrix that makes logits."""
+    counted = {name: _of_sampling(name) for name in MODELS}
+    yield "| stage of sampling | " + " | ".join(
+        f"{name}: launches | MiB | % of {weights >> 20} MiB of weights" for name, (_, weights) in counted.items()
+    ) + " |"
+    yield "|---|" + "---|" * 3 * len(counted)
+    for stage in STAGES:
+        cells = []
+        for found, weights in counted.values():
+            count, size = found.get(stage, (0, 0))
+            cells.append(f"{count} | {size / 2**20:.0f} | {100 * size / weights:.1f}")
+        yield f"| {stage} | " + " | ".join(cells) + " |"
+
+
+def _of_sampling(name: str) -> tuple[dict[str, tuple[int, int]], int]:
+    """(launches, bytes) by stage, and the bytes of the weights that make logits."""
+    with engine(name, 1, "mosaic_gpu") as (_, programs, compiler):
+        program = programs.sample(ROWS)
+        text = compiler.build(program).as_text()
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0]))
+    by_path: dict[tuple[str, ...], list[Launch]] = {}
+    for each in launches(text):
+        by_path.setdefault(each.path, []).append(each)
+    found: dict[str, tuple[int, int]] = {}
+    for path, of_path in by_path.items():
+        where = " ".join((*path, *(each.scope for each in of_path)))
+        stage = next(stage for stage, what in STAGES.items() if re.search(what, where))
+        count, size = found.get(stage, (0, 0))
+        size += sum(each.read + each.written for each in of_path) - (weights if stage == LOGITS else 0)
+        found[stage] = count + len(of_path), size
+    return found, weights
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
+    options = parser.parse_args()
+    if (why := check_kernels.missing()) is not None:
+        print(why)
+        return 2
+    status = 0
+    for title, table in ((LAYER, layer_table), (SAMPLING, sampling_table)):
+        fresh = "\n".join(["", *table(), ""])
+        print(fresh, flush=True)
+        begin, end = f"<!-- {title}: begin -->", f"<!-- {title}: end -->"
+        status |= check_kernels.compare(fresh, begin, end, is_written=options.write)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
