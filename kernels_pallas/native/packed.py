@@ -229,18 +229,18 @@ begin_tile:
   %tile_next = add i64 %tile, {dot.TILE}
   %tile_end = call i64 @llvm.smin.i64(i64 %tile_next, i64 %end)
   %tile_at = call i64 @llvm.smin.i64(i64 %tile, i64 %tile_last)     ; blocks at the edge are moved back
-  br label %row
-row:
-  %r = phi i64 [0, %begin_tile], [%r_next, %row]
-  %number = add i64 %tile_at, %r
+  br label %unpack
+unpack:
+  %r = phi i64 [0, %begin_tile], [%r_next, %unpack]
+  %weight_row = add i64 %tile_at, %r
   %r_byte = mul i64 %r, %row_bytes
   %to = getelementptr i8, ptr %scratch, i64 %r_byte
   call void @{spelling.name}_unpack(
-    ptr %code, ptr %scale, ptr %extra, ptr %to, i64 %I, i64 %G, i64 %C, i64 %E, i64 %number
+    ptr %code, ptr %scale, ptr %extra, ptr %to, i64 %I, i64 %G, i64 %C, i64 %E, i64 %weight_row
   )
   %r_next = add i64 %r, 1
   %more_rows = icmp slt i64 %r_next, {dot.TILE}
-  br i1 %more_rows, label %row, label %multiply
+  br i1 %more_rows, label %unpack, label %multiply
 multiply:                                       ; the products count outputs from the first of all
   %before = mul i64 %tile_at, %row_bytes
   %back = sub i64 0, %before

@@ -1,10 +1,10 @@
 """LLVM IR that every native kernel shares: XLA's call frame, and a loop over chunks on XLA's own threads.
 
 A kernel brings `@NAME_setup(ptr %operands, ptr %frame)`, which says how many chunks there are, `@NAME_begin(operands)`,
-`@NAME_chunk(operands, i64 %chunk, ptr %own)` and `@NAME_end(operands, own)`, and gets `@NAME`, which XLA calls. Threads
-take chunks from one counter, the calling one too; one that got a chunk begins once, keeps what that gave as its own,
-and ends. The caller then waits for chunks that others took. A helper that comes late finds nothing left, so no thread ever
-waits for one that has not begun.
+`@NAME_chunk(operands, i64 %chunk, ptr %own)` and `@NAME_end(operands, own)`, and gets `@NAME`, which XLA calls.
+Threads take chunks from one counter, the calling one too; one that got a chunk begins once, keeps what that gave as its
+own, and ends. The caller then waits for chunks that others took. A helper that comes late finds nothing left, so no
+thread ever waits for one that has not begun.
 
 Source: xla/ffi/api/c_api.h of jaxlib 0.10 and 0.11 (offsets of C structs; the two agree on what is used here).
 Invariant: a context is freed by the last who holds it, never while a helper may still look at it.

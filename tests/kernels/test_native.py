@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxserve.layers.mlp import ACTIVATIONS
-from kernels_pallas.native import api, attend, blocks, host
+from kernels_pallas.native import api, attend, blocks, host, vectors
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
 from kernels_pallas.shapes import head_shape
@@ -21,7 +21,10 @@ from tests.kernels.test_attention_ops import OPS, SMOL, P, S, Step, T, make_work
 
 here = pytest.mark.usefixtures("served")
 
-SHAPES = ((1, 16, 1), (1, 17, 31), (2, 40, 32), (3, 50, 33), (4, 96, 100), (5, 33, 64), (7, 960, 576), (33, 100, 96))
+SHAPES = (
+    (1, 16, 1), (1, 17, 31), (2, 40, 32), (3, 50, 33), (4, 96, 100), (5, 33, 64), (7, 960, 576), (33, 100, 96),
+    (70, 50, 1536), (400, 48, 1536), (16, 16, 4096),      # several slabs of rows, several spans of tokens
+)
 BATCHES = (1, 2, 3, 4, 5, 16, 23)
 
 
@@ -55,6 +58,59 @@ def test_a_row_has_the_same_bits_in_a_batch_of_any_size(width):
     rows = np.concatenate([multiply(x[i : i + 1], weight) for i in range(max(BATCHES))])
     for count in BATCHES:
         np.testing.assert_array_equal(multiply(x[:count], weight), rows[:count])
+
+
+@here
+def test_a_row_has_the_same_bits_in_slabs_and_spans():
+    x, weight = numbers((400, 1536)), numbers((48, 1536), 1)
+    multiply = jax.jit(api.matmul)
+    whole = np.asarray(multiply(x, weight))
+    for row in (0, 15, 16, 319, 320, 399):
+        np.testing.assert_array_equal(multiply(x[row : row + 1], weight)[0], whole[row])
+
+
+@here
+@pytest.mark.parametrize(("tokens", "outs", "width"), [(1, 17, 31), (5, 33, 64), (70, 50, 96), (400, 48, 1536)])
+def test_rounded_products_are_products_rounded_once(tokens, outs, width):
+    x, weight = numbers((tokens, width)), numbers((outs, width), 1)
+    got = jax.jit(api.matmul, static_argnames="rounds")(x, weight, rounds=True)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        np.asarray(got, np.float32), np.asarray(api.matmul(x, weight).astype(jnp.bfloat16), np.float32)
+    )
+
+
+@here
+@pytest.mark.parametrize(("tokens", "outs", "width"), [(1, 16, 64), (3, 50, 100), (40, 33, 576), (16, 100, 33)])
+def test_integers_are_multiplied_exactly(tokens, outs, width):
+    rng = np.random.default_rng(0)
+    x, weight = (rng.integers(-128, 128, (count, width), np.int8) for count in (tokens, outs))
+    got = jax.jit(api.matmul_int8)(x, weight)
+    np.testing.assert_array_equal(got, x.astype(np.int64) @ weight.astype(np.int64).T)
+
+
+@pytest.mark.parametrize(("terms", "bound"), [(vectors.POWER, 2e-7), (vectors.POWER_SHORT, 3e-6)])
+def test_powers_of_two_are_as_exact_as_they_say(terms, bound):
+    x = np.linspace(-126, 0, 200_001, dtype=np.float32)
+    part = x - np.round(x)
+    value = np.full_like(part, terms[-1])
+    for term in terms[-2::-1]:
+        value = value * part + np.float32(term)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(np.ldexp(value.astype(np.float64), np.round(x).astype(int)) - exact) <= bound * exact).all()
+    assert value[-1] == 1
+
+
+@here
+@pytest.mark.skipif("not api.has_tiles()", reason="this CPU has no tile registers")
+def test_processors_without_tile_registers_are_served_as_well():
+    """The form that this process does not run, by this file's own tests."""
+    chosen = "products or rounded or bits or integers or attention_equals or share_pages or threads or zeros"
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen],
+        env=os.environ | {host.SWITCH: "lanes"}, capture_output=True, text=True, timeout=300, check=False,
+    )
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-2000:]
 
 
 @here
