@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.core.model_spec import LayerNorm, Norm, RmsNorm
 from jaxserve.sharding import collectives
+from kernels_pallas.native import api as native
 
 
 class Normalise(nn.Module):
@@ -33,6 +36,19 @@ class Normalise(nn.Module):
             self.bias_D = self.param("bias", init, (self.width,), self.dtype)
 
     def __call__(self, x_TD: Array) -> Array:
+        if isinstance(self.spec, RmsNorm) and self._is_native(x_TD):
+            native_norm = partial(native.rms_norm, epsilon=self.spec.epsilon, offset=self.spec.offset)
+            rows_TD = x_TD.reshape(-1, self.width)
+            return jax.lax.platform_dependent(
+                rows_TD, self.weight_D, cpu=native_norm, default=lambda x_TD, _: self._normed(x_TD)
+            ).reshape(x_TD.shape)
+        return self._normed(x_TD)
+
+    def _is_native(self, x_TD: Array) -> bool:
+        is_alike = x_TD.dtype == self.weight_D.dtype == self.dtype
+        return is_alike and x_TD.shape[-1] == self.width and native.serves_norm(self.dtype, self.width)
+
+    def _normed(self, x_TD: Array) -> Array:
         x32_TD, weight_D = x_TD.astype(jnp.float32), self.weight_D.astype(jnp.float32)
         if isinstance(self.spec, RmsNorm):
             mean_square_T1 = self._mean_square(x32_TD)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, blocks, dot, gated, host, packed, queries, tiles
+from kernels_pallas.native import attend, blocks, dot, gated, host, norm, packed, queries, tiles
 from kernels_pallas.native.vectors import LOG2_E
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul.weights import PackedWeight
@@ -99,6 +99,18 @@ def matmul_gated(x_TI: Array, weight_OI: Array, activation: str) -> Array:
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0] // 2), jnp.bfloat16)
     factors = jnp.array(GATES[activation], jnp.float32)
     return jax.ffi.ffi_call(host.targets()[gated.NAME], shape)(x_TI, weight_OI, factors)
+
+
+def serves_norm(dtype: DTypeLike, width: int) -> bool:
+    """Whether `rms_norm` takes rows of this type and width here."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and width % norm.STEP == 0 and not refusals()
+
+
+def rms_norm(x_TD: Array, weight_D: Array, *, epsilon: float, offset: float) -> Array:
+    """x / root(mean(x²) + epsilon) · (weight + offset) of bfloat16, [T, D], in float32 and rounded once."""
+    settings = jnp.array([epsilon, offset], jnp.float32)
+    call = jax.ffi.ffi_call(host.targets()[norm.NAME], jax.ShapeDtypeStruct(x_TD.shape, jnp.bfloat16))
+    return call(x_TD, weight_D, settings)
 
 
 def matmul_int8(x_TI: Array, weight_OI: Array) -> Array:

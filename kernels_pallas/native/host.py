@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from kernels_pallas.native import attend, dot, gated, packed, runtime, tiles, vectors
+from kernels_pallas.native import attend, dot, gated, norm, packed, runtime, tiles, vectors
 
 FEATURE = "avx512bf16"
 TILE_FEATURES = ("amx-tile", "amx-bf16", "amx-int8")
@@ -114,7 +114,7 @@ def _header() -> Path:
 def _plain() -> tuple[list[str], str]:
     form, both = {"has_tiles": has_tiles()}, (dot.BFLOAT16, dot.ROUNDED)
     kernels = {numbers.name: dot.kernel(numbers, **form) for numbers in both}
-    kernels |= {gated.NAME: gated.kernel(**form), attend.NAME: attend.kernel(**form)}
+    kernels |= {gated.NAME: gated.kernel(**form), attend.NAME: attend.kernel(**form), norm.NAME: norm.kernel()}
     products = [dot.products(numbers, **form) for numbers in both]
     return list(kernels), _module([vectors.powers(), *products], kernels)
 

@@ -89,6 +89,23 @@ def test_integers_are_multiplied_exactly(tokens, outs, width):
     np.testing.assert_array_equal(got, x.astype(np.int64) @ weight.astype(np.int64).T)
 
 
+@here
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (5, 64), (33, 576), (100, 2048)])
+@pytest.mark.parametrize(("epsilon", "offset"), [(1e-5, 0.0), (1e-6, 1.0)])
+def test_norms_are_those_of_float32_rounded_once(tokens, width, epsilon, offset):
+    x, weight = 3 * numbers((tokens, width)), numbers((width,), 1)
+    wide, factor = np.asarray(x, np.float64), np.asarray(weight, np.float64) + offset
+    wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + epsilon) * factor
+    normalise = jax.jit(api.rms_norm, static_argnames=("epsilon", "offset"))
+    got = normalise(x, weight, epsilon=epsilon, offset=offset)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), wanted, rtol=2**-8, atol=1e-30)
+    alone = normalise(x[-1:], weight, epsilon=epsilon, offset=offset)
+    np.testing.assert_array_equal(np.asarray(got[-1:], np.float32), np.asarray(alone, np.float32))
+    zeros = normalise(jnp.zeros_like(x), weight, epsilon=epsilon, offset=offset)
+    assert (np.asarray(zeros, np.float32) == 0).all()
+
+
 @pytest.mark.parametrize(("terms", "bound"), [(vectors.POWER, 2e-7), (vectors.POWER_SHORT, 3e-6)])
 def test_powers_of_two_are_as_exact_as_they_say(terms, bound):
     x = np.linspace(-126, 0, 200_001, dtype=np.float32)
