@@ -10,10 +10,14 @@ and 320 of 512: 96 and 160 registers a thread.
 
 Traffic: 2 * H bytes a context slot and unit, each block read once for scores and values; queries 2 * H and results
 2 * value_dim bytes a row. For 576 + 512 a block is 72 KiB and the ring all that fits beside the queries: 224 KiB.
+Codes are H bytes and a scale a slot. Each warpgroup widens the columns that it adds up into one block in 16 bits, SCORE
+those of no value too; nobody reads another's columns after the scores, so the next block's widening overlaps. Scales
+multiply scores and weights. Two blocks of codes and that one: 225 KiB.
 Roofline: memory for decode. At 36 GB/s a multiprocessor and microsecond a block takes 2 us; its products,
 2 * 64 * 64 * (576 + 512) operations, take 1.2 us at the peak of the tensor cores, whatever rows are filled.
 Prefill reads a block from the L2 cache for each 64 rows: 62 operations a byte, so L2 bounds it before the tensor cores
-do. Not yet run on hardware: see docs/kernels.md.
+do. A block of codes takes memory 1 us, and its products and the instructions that widen it some 1.9: no longer memory.
+Not yet run on hardware: see docs/kernels.md.
 """
 
 from __future__ import annotations
