@@ -76,7 +76,6 @@ def triton_refusals(
     found = [] if hopper.target_kind() != "cpu" else ["needs a GPU, the target is 'cpu'"]
     head_dim = values.shape[-1]
     if value_dim is not None:
-        codes = ()
         if any(n & (n - 1) or 0 < n < 16 for n in (value_dim, head_dim - value_dim)) or value_dim > TRITON_VALUES_MAX:
             found.append(
                 f"a latent cache of {value_dim} values and {head_dim - value_dim} numbers more: both must be powers of "

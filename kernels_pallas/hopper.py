@@ -33,7 +33,7 @@ PRODUCT_STAGES_MAX = 12
 PRODUCT_ROWS = (8, 16, 32, 64, 128, 256)
 LATENT_ROWS = 64                     # (token, head) rows of a unit over a latent cache: those of a wgmma
 LATENT_SLOTS = 64                    # of a block of it
-LATENT_STAGES = 2                    # blocks in flight: all that fits at 576 numbers a slot
+LATENT_STAGES = 2                    # blocks in flight: all that fits at 576 numbers a slot; of codes, with a wide one
 LATENT_DIM_MAX = 576                 # numbers a slot
 LATENT_VALUES_MAX = 512              # of them values: 128 registers a thread of either computing warpgroup
 GROUPED_COLUMNS = (256, 192, 128)    # of a block of grouped_matmul: half a warpgroup's, whole tiles of 8 rows
@@ -97,18 +97,9 @@ def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIM
     if N // K * tokens > GROUP_MAX:
         drafts = f" of {tokens} tokens each" if tokens > 1 else ""
         found.append(f"{N // K} query heads a kv head{drafts} are more than {GROUP_MAX}")
-    stored = k_PKSH.code_PKSH.dtype if isinstance(k_PKSH, QuantizedPages) else k_PKSH.dtype
-    is_alike = isinstance(k_PKSH, QuantizedPages) or stored == q_TNH.dtype
     if isinstance(k_PKSH, QuantizedPages) and quantized_head_dim_max < H:
         found.append(f"quantised pages have heads up to {quantized_head_dim_max}, not {H} (registers)")
-    if isinstance(k_PKSH, QuantizedPages) and stored == FP8_BITS:
-        found.append(f"codes of {FP8_BITS} are for CPUs; here pages hold {FP8} itself")
-    if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or not is_alike:
-        found.append(
-            f"q of {q_TNH.dtype} over pages of {stored}: both must be bfloat16 or both float16 (tensor cores), "
-            "or q one of them over quantised pages"
-        )
-    return found
+    return found + _type_refusals(q_TNH, k_PKSH)
 
 
 def latent_refusals(
@@ -130,11 +121,19 @@ def latent_refusals(
         found.append(f"page size {S} is none of {', '.join(map(str, allowed))} (of a latent cache)")
     options = {"a window": window is not None, "a soft cap": soft_cap is not None, "sinks": has_sinks}
     found += [f"{name} over a latent cache is not implemented" for name, is_asked in options.items() if is_asked]
-    if isinstance(k_PKSH, QuantizedPages):
-        found.append("a latent cache of codes is not implemented")
-    elif q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or k_PKSH.dtype != q_TNH.dtype:
+    return found + _type_refusals(q_TNH, k_PKSH)
+
+
+def _type_refusals(q_TNH: Array, k_PKSH: Pages) -> list[str]:
+    is_quantized = isinstance(k_PKSH, QuantizedPages)
+    stored = k_PKSH.code_PKSH.dtype if is_quantized else k_PKSH.dtype
+    found = []
+    if is_quantized and stored == FP8_BITS:
+        found.append(f"codes of {FP8_BITS} are for CPUs; here pages hold {FP8} itself")
+    if q_TNH.dtype not in (jnp.bfloat16, jnp.float16) or not (is_quantized or stored == q_TNH.dtype):
         found.append(
-            f"q of {q_TNH.dtype} over pages of {k_PKSH.dtype}: both must be bfloat16 or both float16 (tensor cores)"
+            f"q of {q_TNH.dtype} over pages of {stored}: both must be bfloat16 or both float16 (tensor cores), "
+            "or q one of them over quantised pages"
         )
     return found
 

@@ -10,10 +10,14 @@ and 320 of 512: 96 and 160 registers a thread.
 
 Traffic: 2 * H bytes a context slot and unit, each block read once for scores and values; queries 2 * H and results
 2 * value_dim bytes a row. For 576 + 512 a block is 72 KiB and the ring all that fits beside the queries: 224 KiB.
+Codes are H bytes and a scale a slot. Each warpgroup widens the columns that it adds up into one block in 16 bits, SCORE
+those of no value too; nobody reads another's columns after the scores, so the next block's widening overlaps. Scales
+multiply scores and weights. Two blocks of codes and that one: 225 KiB.
 Roofline: memory for decode. At 36 GB/s a multiprocessor and microsecond a block takes 2 us; its products,
 2 * 64 * 64 * (576 + 512) operations, take 1.2 us at the peak of the tensor cores, whatever rows are filled.
 Prefill reads a block from the L2 cache for each 64 rows: 62 operations a byte, so L2 bounds it before the tensor cores
-do. Not yet run on hardware: see docs/kernels.md.
+do. A block of codes takes memory 1 us, and its products and the instructions that widen it some 1.9: no longer memory.
+Not yet run on hardware: see docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from kernels_pallas import hopper, mosaic
 from kernels_pallas.hopper import LATENT_COLUMNS as TILE
 from kernels_pallas.hopper import LATENT_ROWS as ROWS
 from kernels_pallas.hopper import LATENT_SLOTS as SLOTS
-from kernels_pallas.mosaic import MATRIX, NOTHING, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.mosaic import MATRIX, NOTHING, PER_COLUMN, PER_ROW, Ref, Ring, along, filled
+from kernels_pallas.quantized import Pages, QuantizedPages
 
 SCORE, VALUE, LOAD = 0, 1, 2       # the warpgroups of a program
 WGMMA_COLUMNS_MAX = 256
@@ -121,8 +126,8 @@ class _Refs(NamedTuple):
     newest_W: Ref
     out_QH: Ref
     logsum_WQ: Ref
-    score_QH: Ref          # shared memory from here on: SCORE's columns of the queries, then of the results
-    value_QH: Ref          # those of VALUE
+    score_1QH: Ref         # shared memory from here on: SCORE's columns of the queries, then of the results
+    value_1QH: Ref         # those of VALUE
     weight_QC: Ref
     k_block: Ref
     k_full: Ref
@@ -132,11 +137,15 @@ class _Refs(NamedTuple):
     weight_full: Ref
     weight_empty: Ref
     factor_Q: Ref          # what VALUE multiplies its sum by
-    rest_QH: Ref | None = None      # [ROWS, H - value_dim] of the queries
+    rest_1QH: Ref | None = None     # [1, ROWS, H - value_dim] of the queries
+    k_scale_PKS: Ref | None = None  # from here on where the pages hold codes
+    k_scale: Ref | None = None
+    k_wide: Ref | None = None
+    wide_full: Ref | None = None    # VALUE's columns of it are there
 
     @property
     def ring(self) -> Ring:
-        return Ring(self.k_block, self.k_full, self.k_empty)
+        return Ring(self.k_block, self.k_full, self.k_empty, self.k_scale, self.k_wide)
 
 
 Sums = tuple[Array, ...]     # of a warpgroup's columns, as many side by side as one wgmma takes
@@ -153,7 +162,7 @@ class _Unit(NamedTuple):
 
 
 def attend(
-    q_QH: Array, k_PKSH: Array, page_RM: Array, units: Units, options: Options, out_rows: int, interpret: Any
+    q_QH: Array, k_PKSH: Pages, page_RM: Array, units: Units, options: Options, out_rows: int, interpret: Any
 ) -> tuple[Array, Array]:
     """Normalised outputs [out_rows, value_dim] in the type of q, and of each unit log-sum-exps [W, ROWS] to base 2.
 
@@ -161,7 +170,7 @@ def attend(
     """
     H, dtype, count = k_PKSH.shape[3], q_QH.dtype, units.query_W.shape[0]
     operands = {
-        "q_QH": q_QH, "k_PKSH": k_PKSH, "page_RM": page_RM, "count": units.count.reshape(1),
+        "q_QH": q_QH, **mosaic.pools("k", k_PKSH), "page_RM": page_RM, "count": units.count.reshape(1),
         **{name: getattr(units, name) for name in Units._fields[1:]},
     }
     results = {
@@ -169,8 +178,8 @@ def attend(
         "logsum_WQ": jax.ShapeDtypeStruct((count, ROWS), jnp.float32),
     }
     scratch = {
-        "score_QH": mosaic.shared((ROWS, len(options.columns(SCORE))), dtype, TILE),
-        "value_QH": mosaic.shared((ROWS, len(options.columns(VALUE))), dtype, TILE),
+        "score_1QH": mosaic.shared((1, ROWS, len(options.columns(SCORE))), dtype, TILE),
+        "value_1QH": mosaic.shared((1, ROWS, len(options.columns(VALUE))), dtype, TILE),
         "weight_QC": mosaic.shared((ROWS, SLOTS), dtype),
         **mosaic.ring("k", k_PKSH, options.stages, SLOTS, dtype, readers=2),
         "q_full": plgpu.Barrier(num_arrivals=2 + (options.value_dim < H)), "q_empty": plgpu.Barrier(num_arrivals=2),
@@ -178,7 +187,9 @@ def attend(
         "factor_Q": plgpu.SMEM((ROWS,), jnp.float32),
     }
     if options.value_dim < H:
-        scratch["rest_QH"] = mosaic.shared((ROWS, H - options.value_dim), dtype)
+        scratch["rest_1QH"] = mosaic.shared((1, ROWS, H - options.value_dim), dtype)
+    if isinstance(k_PKSH, QuantizedPages):
+        scratch |= {"k_wide": mosaic.shared((1, SLOTS, H), dtype), "wide_full": plgpu.Barrier(num_arrivals=1)}
 
     def body(*refs: Ref) -> None:
         seen = _Refs(**dict(zip((*operands, *results, *scratch), refs, strict=True)))
@@ -226,7 +237,7 @@ def _load(refs: _Refs, options: Options) -> None:
 
         def load_block(block: Array, carry: None) -> None:
             mosaic.load_block(
-                refs.ring, refs.k_PKSH, None, refs.page_RM, unit.row, jnp.int32(0), turn + block,
+                refs.ring, refs.k_PKSH, refs.k_scale_PKS, refs.page_RM, unit.row, jnp.int32(0), turn + block,
                 first=unit.begin + block * SLOTS, begin=unit.begin, end=unit.end,
             )
 
@@ -237,25 +248,75 @@ def _load(refs: _Refs, options: Options) -> None:
     mosaic.drain((refs.ring,), turns)
 
 
-def _query_parts(refs: _Refs) -> list[tuple[Any, Ref]]:
+def _query_parts(refs: _Refs, zero: Array | int = 0) -> list[tuple[Any, Ref]]:
     """Columns of the queries, and where they lie in shared memory: tiles of one part are contiguous, as copies need."""
     found, first = [], 0
-    for part in (refs.score_QH, refs.value_QH, refs.rest_QH):
+    for part in (refs.score_1QH, refs.value_1QH, refs.rest_1QH):
         if part is not None:
-            found.append((pl.ds(first, part.shape[1]), part))
-            first += part.shape[1]
+            found.append((pl.ds(first, part.shape[2]), part.at[zero]))
+            first += part.shape[2]
     return found
 
 
-def _products(refs: _Refs, place: Array) -> Array:
-    """Queries times keys of a block that has landed."""
+def _numbers(refs: _Refs, options: Options, warpgroup: int, turn: Array) -> Ref:
+    """A block [SLOTS, H] that has landed, as numbers that products can read.
+
+    Of codes a warpgroup widens the columns that it adds up, SCORE also those that are no values: nobody else reads them
+    from the scores on. The caller commits.
+    """
+    place = lax.rem(turn, options.stages)
+    plgpu.barrier_wait(refs.k_full.at[place])
+    if refs.k_wide is None:
+        return refs.k_block.at[place]
+    wide_CH = refs.k_wide.at[_zero(turn)]
+    own = options.columns(warpgroup)
+    rest = range(options.value_dim, refs.k_wide.shape[2] if warpgroup == SCORE else options.value_dim)
+    for columns in (pl.ds(part.start, len(part)) for part in (own, rest) if part):
+        mosaic.widen(refs.k_block.at[place, :, columns], wide_CH.at[:, columns])
+    return wide_CH
+
+
+def _zero(turn: Array) -> Array:
+    """0, which no compiler knows: it would keep all addresses in a constant place across the loops, in registers."""
+    return jnp.minimum(turn, 0)
+
+
+def _products(refs: _Refs, block: Ref, turn: Array) -> Array:
+    """Queries times keys."""
 
     def multiply(total: Ref) -> Array:
-        for columns, part in _query_parts(refs):
-            plgpu.wgmma(total, part, refs.k_block.at[place, :, columns].T)
+        for columns, part in _query_parts(refs, _zero(turn)):
+            plgpu.wgmma(total, part, block.at[:, columns].T)
         return total[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((ROWS, SLOTS), jnp.float32))
+
+
+def _scores(refs: _Refs, options: Options, unit: _Unit, turn: Array, first: Array) -> tuple[Ref, Array]:
+    """A block as numbers, and its scores."""
+    block_CH = _numbers(refs, options, SCORE, turn)
+    if refs.k_wide is not None:
+        plgpu.commit_smem()
+        plgpu.barrier_wait(refs.wide_full)
+    score_QC = _products(refs, block_CH, turn) * (options.scale * mosaic.LOG2E)
+    if refs.k_wide is not None:
+        scale_C = mosaic.scales(refs.ring, lax.rem(turn, options.stages), PER_COLUMN)
+        score_QC *= along(scale_C, 1, score_QC.shape)
+    return block_CH, _mask(score_QC, options, unit, first)
+
+
+def _shares(refs: _Refs, options: Options, unit: _Unit, turn: Array, first: Array, weight_QC: Array) -> Array:
+    """What values are to be multiplied by, in their type: of codes times what they stand for. Their place is then free.
+
+    Scales are read again, not kept: they are 16 registers.
+    """
+    if refs.k_wide is not None:
+        place = lax.rem(turn, options.stages)
+        scale_C = mosaic.held_scales(refs.ring, place, PER_COLUMN, first, unit.begin, unit.end)
+        weight_QC *= along(scale_C, 1, weight_QC.shape)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.k_empty.at[place])
+    return weight_QC.astype(refs.weight_QC.dtype)
 
 
 def _score_units(refs: _Refs, options: Options, *, is_simulated: bool) -> None:
@@ -270,18 +331,18 @@ def _score_units(refs: _Refs, options: Options, *, is_simulated: bool) -> None:
         def score_block(block: Array, carry: tuple[Array, Array, Sums]) -> tuple[Array, Array, Sums]:
             top_Q, total_Q, sums = carry
             place, first = lax.rem(turn + block, options.stages), unit.begin + block * SLOTS
-            plgpu.barrier_wait(refs.k_full.at[place])
-            score_QC = _mask(_products(refs, place) * (options.scale * mosaic.LOG2E), options, unit, first)
+            block_CH, score_QC = _scores(refs, options, unit, turn + block, first)
             new_top_Q = jnp.maximum(top_Q, score_QC.max(axis=1))
             keep_Q = jnp.exp2(top_Q - new_top_Q)
             weight_QC = jnp.exp2(score_QC - along(new_top_Q, 0, (ROWS, SLOTS)))
             total_Q = total_Q * keep_Q + weight_QC.sum(axis=1)
+            share_QC = _shares(refs, options, unit, turn + block, first, weight_QC)
             plgpu.barrier_wait(refs.weight_empty)
-            refs.weight_QC[...] = weight_QC.astype(refs.weight_QC.dtype)
+            refs.weight_QC[...] = share_QC
             refs.factor_Q[...] = keep_Q
             plgpu.commit_smem()
             plgpu.barrier_arrive(refs.weight_full)
-            return new_top_Q, total_Q, add_values(unit, first, place, keep_Q, sums)
+            return new_top_Q, total_Q, add_values(unit, block_CH, first, place, keep_Q, sums)
 
         nothing = filled((ROWS,), NOTHING, PER_ROW), filled((ROWS,), 0.0, PER_ROW), _no_sums(options, SCORE)
         top_Q, total_Q, sums = lax.fori_loop(0, unit.block_count, score_block, nothing)
@@ -306,10 +367,14 @@ def _value_units(refs: _Refs, options: Options, *, is_simulated: bool) -> None:
     def value_unit(unit: _Unit, turn: Array) -> None:
         def value_block(block: Array, sums: Sums) -> Sums:
             place, first = lax.rem(turn + block, options.stages), unit.begin + block * SLOTS
+            block_CH = _numbers(refs, options, VALUE, turn + block)
+            if refs.k_wide is not None:
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(refs.k_empty.at[place])
+                plgpu.barrier_arrive(refs.wide_full)
             plgpu.barrier_wait(refs.weight_full)
-            plgpu.barrier_wait(refs.k_full.at[place])
             factor_Q = plgpu.load(refs.factor_Q, layout=PER_ROW, optimized=False)
-            sums = add_values(unit, first, place, factor_Q, sums)
+            sums = add_values(unit, block_CH, first, place, factor_Q, sums)
             plgpu.barrier_arrive(refs.weight_empty)
             return sums
 
@@ -347,19 +412,19 @@ def _no_sums(options: Options, warpgroup: int) -> Sums:
 
 
 def _add_values(
-    refs: _Refs, options: Options, warpgroup: int, unit: _Unit, first: Array, place: Array, factor_Q: Array, sums: Sums,
-    *, is_simulated: bool,
+    refs: _Refs, options: Options, warpgroup: int, unit: _Unit, block_CH: Ref, first: Array, place: Array,
+    factor_Q: Array, sums: Sums, *, is_simulated: bool,
 ) -> Sums:
-    """factor * sum + P V of a warpgroup's columns, whose block is then free.
+    """factor * sum + P V of a warpgroup's columns, whose block is then free; of codes it is already.
 
     The simulator of jax 0.11 takes no accumulator that begins with a value; there the sum is added after.
     """
     columns = options.columns(warpgroup)
-    block = refs.k_block.at[place, :, pl.ds(columns.start, len(columns))]
-    pl.when(first + SLOTS > unit.end)(lambda: mosaic.clear_outside(block, first, unit.begin, unit.end))
+    own_CH = block_CH.at[:, pl.ds(columns.start, len(columns))]
+    pl.when(first + SLOTS > unit.end)(lambda: mosaic.clear_outside(own_CH, first, unit.begin, unit.end))
     added, begin = [], columns.start
     for sum_QH in sums:
-        value_CH = refs.k_block.at[place, :, pl.ds(begin, sum_QH.shape[1])]
+        value_CH = block_CH.at[:, pl.ds(begin, sum_QH.shape[1])]
         begin += sum_QH.shape[1]
         sum_QH *= along(factor_Q, 0, sum_QH.shape)
         if is_simulated:
@@ -367,7 +432,8 @@ def _add_values(
         else:
             sum_QH = pl.run_state(functools.partial(_accumulate, refs.weight_QC, value_CH))(plgpu.ACC.init(sum_QH))
         added.append(sum_QH)
-    plgpu.barrier_arrive(refs.k_empty.at[place])
+    if refs.k_wide is None:
+        plgpu.barrier_arrive(refs.k_empty.at[place])
     return tuple(added)
 
 
@@ -380,7 +446,8 @@ def _store(refs: _Refs, options: Options, warpgroup: int, unit: _Unit, factor_Q:
 
     A tile of columns at once: the sums hold half of the registers.
     """
-    own_QH, columns = refs.score_QH if warpgroup == SCORE else refs.value_QH, options.columns(warpgroup)
+    own_QH = (refs.score_1QH if warpgroup == SCORE else refs.value_1QH).at[0]
+    columns = options.columns(warpgroup)
     factor = along(factor_Q, 0, (ROWS, TILE))
     to = 0
     for sum_QH in sums:

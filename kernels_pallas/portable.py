@@ -64,7 +64,7 @@ def unpack(
 ) -> tuple[Pool, Pool | None, tuple[Ref, ...]]:
     """The pools of keys and values, which come first among a kernel's references, and the rest."""
     if is_latent:
-        return Pool(refs[0], None), None, refs[1:]
+        return (Pool(refs[0], refs[1]), None, refs[2:]) if is_quantized else (Pool(refs[0], None), None, refs[1:])
     if is_quantized:
         return Pool(refs[0], refs[1]), Pool(refs[2], refs[3]), refs[4:]
     return Pool(refs[0], None), Pool(refs[1], None), refs[2:]
@@ -103,7 +103,7 @@ def add_context(
     weight_QC = jnp.where(is_seen_QC, jnp.exp2(score_QC - top_Q[:, None]), 0.0)
     keep_Q = jnp.exp2(state.top_Q - top_Q)
     if values is None:
-        v_CH, v_scale_C = k_CH, None
+        v_CH, v_scale_C = k_CH, k_scale_C
     else:
         v_CH, v_scale_C = load(values, columns=(0, width), dtype=queries[0].dtype)
     total_Q = state.total_Q * keep_Q + weight_QC.sum(-1)

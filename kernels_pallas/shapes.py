@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from kernels_pallas.quantized import FP8
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HeadShape:
@@ -36,8 +38,18 @@ HEAD_SHAPES = (
     HeadShape(name="deepseek-v2-lite", head_count=16, kv_head_count=1, head_dim=576, latent_dim=512),
     HeadShape(name="deepseek-v3", head_count=128, kv_head_count=1, head_dim=576, latent_dim=512),
 )
+# Whose pages are tried as codes, too; of each only some sizes.
+IN_CODES = (
+    "smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local", "deepseek-v2-lite",
+    "deepseek-v3",
+)
 
 
 def head_shape(name: str) -> HeadShape:
     """The geometry of that name."""
     return next(shape for shape in HEAD_SHAPES if shape.name == name)
+
+
+def in_codes() -> tuple[tuple[HeadShape, str], ...]:
+    """IN_CODES with each kind of codes that GPUs take."""
+    return tuple((head_shape(name), codes) for name in IN_CODES for codes in ("int8", FP8))

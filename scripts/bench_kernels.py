@@ -51,7 +51,7 @@ def call_of(
     op: str, case: Any, dtype: jnp.dtype, implementation: str | None = None, *, slots: int = SLOTS,
     codes: str | None = None,
 ) -> Call:
-    """What a case stands for, on random numbers; attention over pages of `slots`, as `codes` where that is given."""
+    """What a case stands for, on random numbers; attention over pages of `slots`, as `codes` where either says so."""
     if op == "grouped_matmul":
         return _grouped(case, dtype, implementation)
     if op == "quantized_matmul":
@@ -60,7 +60,9 @@ def call_of(
         return _eight_bits(case, implementation)
     if op == "kv_write":
         return _write(case, dtype, implementation)
-    attend = partial(_attend, shape=case.shape, dtype=dtype, implementation=implementation, slots=slots, codes=codes)
+    attend = partial(
+        _attend, shape=case.shape, dtype=dtype, implementation=implementation, slots=slots, codes=codes or case.codes
+    )
     if op == "paged_decode":
         return attend(paged_decode, starts=[case.context - 1] * case.rows, count=1)
     return attend(paged_prefill, starts=[case.before], count=case.chunk)
@@ -96,7 +98,10 @@ def _attend(
 def _write(case: Any, dtype: jnp.dtype, implementation: str | None) -> Call:
     shape, tokens = case.shape, case.tokens
     pages = -(-tokens // SLOTS)
-    pool = jnp.zeros((pages * 4, shape.kv_head_count, SLOTS, shape.head_dim), storage_dtype(dtype))
+    size = (pages * 4, shape.kv_head_count, SLOTS, shape.head_dim)
+    pool: Pages = jnp.zeros(size, storage_dtype(dtype))
+    if case.codes is not None:
+        pool = QuantizedPages(jnp.zeros(size, case.codes), jnp.zeros(size[:3], jnp.float32))
     page_RM = jnp.arange(pages, dtype=jnp.int32)[None]
     row_T, position_T = jnp.zeros(tokens, jnp.int32), jnp.arange(tokens, dtype=jnp.int32)
     x_TKH = _random((tokens, shape.kv_head_count, shape.head_dim), dtype)

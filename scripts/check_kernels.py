@@ -37,19 +37,17 @@ from kernels_pallas.kv_write import kv_write
 from kernels_pallas.paged_decode import paged_decode
 from kernels_pallas.paged_prefill import paged_prefill
 from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
-from kernels_pallas.quantized import FP8, Pages, QuantizedPages
+from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul import cases as quantized_matmul_cases
 from kernels_pallas.quantized_matmul import quantized_matmul
 from kernels_pallas.quantized_matmul.cases import PackedCase
-from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, head_shape
+from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, head_shape, in_codes
 from kernels_pallas.work import AttentionWork, work_layout
 from scripts import bench_kernels
 
 TABLE = Path(__file__).parents[1] / "docs" / "kernels.md"
 PLUGIN = Path(jax.__file__).parents[1] / "jax_plugins" / "xla_cuda13"
 BEGIN, END = "<!-- compiled for an H200: begin -->", "<!-- compiled for an H200: end -->"
-# Compiled over pages of eight bits too.
-IN_CODES = ("smollm2-135m", "qwen2.5-3b", "llama-3.1-8b", "gemma-2-9b-local", "gpt-oss-20b-local")
 VERIFIED = ("qwen2.5-3b", "llama-3.1-8b", "gpt-oss-20b-local", "deepseek-v2-lite")   # with several tokens an entry too
 ROWS, PAGES_OF_A_ROW, POOL_PAGES = 64, 512, 4096
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
@@ -274,10 +272,9 @@ def rows(wanted: str) -> Iterator[str]:
         yield from attention_rows("paged_prefill", paged_prefill, shape, page, PREFILL_TOKENS)
     for shape, page in shapes:
         yield write_row(shape, page, PREFILL_TOKENS)
-    in_codes = [(head_shape(name), codes) for name in IN_CODES for codes in ("int8", FP8) if wanted in name]
-    for shape, codes in in_codes:
+    for shape, codes in (one for one in in_codes() if wanted in one[0].name):
         yield from attention_rows("paged_decode", paged_decode, shape, 16, DECODE_TOKENS, codes)
-        if shape.head_dim <= QUANTIZED_HEAD_DIM_MAX:
+        if shape.head_dim <= QUANTIZED_HEAD_DIM_MAX or shape.latent_dim is not None:
             yield from attention_rows("paged_prefill", paged_prefill, shape, 16, PREFILL_TOKENS, codes)
         yield write_row(shape, 16, PREFILL_TOKENS, codes)
     for shape in (head_shape(name) for name in VERIFIED if wanted in name):

@@ -40,7 +40,8 @@ HEADER = "| kernel | shape | registers / spilled bytes: A100 | L4 | H200 | B200 
 PAGE_SLOTS = 16
 SHAPES = (
     ("smollm2-135m", None), ("llama-3.1-8b", None), ("llama-3.1-8b", "int8"), ("gemma-2-9b-local", None),
-    ("gpt-oss-20b-local", None), ("deepseek-v2-lite", None), ("deepseek-v3", None),
+    ("gpt-oss-20b-local", None), ("deepseek-v2-lite", None), ("deepseek-v2-lite", "int8"),
+    ("deepseek-v3", None), ("deepseek-v3", "int8"),
 )
 
 

@@ -30,14 +30,12 @@ def page_index_max(shape: RunnerShape) -> int:
     return -(-shape.length_max // shape.page_size)
 
 
-def codes_dtype(asked: KvCacheDtype, spec: ModelSpec, dtype: jnp.dtype, *, is_cpu: bool) -> str | None:
+def codes_dtype(asked: KvCacheDtype, dtype: jnp.dtype, *, is_cpu: bool) -> str | None:
     """The dtype of codes that `--kv-cache-dtype` means. Raises ConfigError where it cannot be had."""
     if asked == "auto" or (asked == "bfloat16" and dtype == jnp.bfloat16):
         return None
     if asked == "bfloat16":
         raise ConfigError(f"kv-cache-dtype bfloat16: the model is computed in {dtype}; use auto, or --dtype bfloat16")
-    if any(not group.has_values for group in spec.kv_groups):
-        raise ConfigError(f"kv-cache-dtype {asked}: the latent cache of {spec.family} is kept as it is; use auto")
     if asked == "int8":
         return "int8"
     return FP8_BITS if is_cpu else FP8

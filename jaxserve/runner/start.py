@@ -221,16 +221,14 @@ def _setup(
         memory=MemoryTable(budget=budget, page_size=shape.page_size),
         logprobs_mode=config.model.logprobs_mode,
         whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
-        store=store, kv_codes=_kv_codes(config, spec, dtype, draft, is_cpu=is_cpu),
+        store=store, kv_codes=_kv_codes(config, dtype, draft, is_cpu=is_cpu),
         attention=None if backend == "auto" else backend, products=None if products == "auto" else products,
     )
 
 
-def _kv_codes(
-    config: EngineConfig, spec: ModelSpec, dtype: jnp.dtype, draft: DraftSetup | None, *, is_cpu: bool
-) -> str | None:
+def _kv_codes(config: EngineConfig, dtype: jnp.dtype, draft: DraftSetup | None, *, is_cpu: bool) -> str | None:
     asked = config.cache.kv_cache_dtype
-    codes = codes_dtype(asked, spec, dtype, is_cpu=is_cpu)
+    codes = codes_dtype(asked, dtype, is_cpu=is_cpu)
     if codes is not None and draft is not None:
         raise ConfigError(f"kv-cache-dtype {asked}: not built yet beside a draft model; leave one of them away")
     return codes

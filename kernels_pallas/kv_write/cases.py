@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kernels_pallas.shapes import HEAD_SHAPES, HeadShape
+from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, in_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,10 +13,12 @@ class WriteCase:
 
     shape: HeadShape
     tokens: int
+    codes: str | None = None     # what the pages hold, beside scales; None: numbers
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name}-{self.tokens}"
+        return f"{self.shape.name}-{self.tokens}" + (f"-{self.codes}" if self.codes else "")
 
 
 CASES = tuple(WriteCase(shape=shape, tokens=tokens) for shape in HEAD_SHAPES for tokens in (16, 1024))
+CASES += tuple(WriteCase(shape=shape, tokens=1024, codes=codes) for shape, codes in in_codes())

@@ -22,13 +22,14 @@ from kernels_pallas import latent, mosaic
 from kernels_pallas.latent import Options, Units
 from kernels_pallas.mosaic import NOTHING, Ref
 from kernels_pallas.paged_decode.slots import gather, scatter
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import AttentionWork
 
 PIECES_AT_ONCE = 4      # loads in flight of one combining program
 
 
 def paged_decode(
-    q_TNH: Array, k_PKSH: Array, page_RM: Array, work: AttentionWork, *, scale: float, value_dim: int, tokens: int = 1,
+    q_TNH: Array, k_PKSH: Pages, page_RM: Array, work: AttentionWork, *, scale: float, value_dim: int, tokens: int = 1,
     interpret: Any = None, programs: int | None = None,
 ) -> Array:
     """See `api.paged_decode`, without values. `interpret` runs the simulator, `programs` persistent programs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from kernels_pallas.shapes import HEAD_SHAPES, HeadShape
+from kernels_pallas.shapes import HEAD_SHAPES, HeadShape, in_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,10 +14,11 @@ class PrefillCase:
     shape: HeadShape
     chunk: int
     before: int      # positions already in the pages
+    codes: str | None = None     # what the pages hold, beside scales; None: numbers
 
     @property
     def name(self) -> str:
-        return f"{self.shape.name}-{self.chunk}+{self.before}"
+        return f"{self.shape.name}-{self.chunk}+{self.before}" + (f"-{self.codes}" if self.codes else "")
 
 
 CASES = tuple(
@@ -25,3 +26,4 @@ CASES = tuple(
     for shape in HEAD_SHAPES
     for chunk, before in ((128, 0), (512, 0), (1024, 0), (512, 1536))
 )
+CASES += tuple(PrefillCase(shape=shape, chunk=512, before=1536, codes=codes) for shape, codes in in_codes())

@@ -18,11 +18,12 @@ from jax import Array
 
 from kernels_pallas import latent
 from kernels_pallas.latent import Options, Units
+from kernels_pallas.quantized import Pages
 from kernels_pallas.work import TILE_TOKENS, AttentionWork
 
 
 def paged_prefill(
-    q_TNH: Array, k_PKSH: Array, page_RM: Array, work: AttentionWork, *, scale: float, value_dim: int,
+    q_TNH: Array, k_PKSH: Pages, page_RM: Array, work: AttentionWork, *, scale: float, value_dim: int,
     interpret: Any = None, programs: int | None = None,
 ) -> Array:
     """See `api.paged_prefill`, without values. `interpret` runs the simulator, `programs` persistent programs."""

@@ -20,6 +20,7 @@ from jaxserve.layers.context import LayerKv, StepContext
 from jaxserve.models.decoder import Decoder, abstract_params
 from jaxserve.models.registry import spec_from_config
 from kernels_pallas import contract
+from kernels_pallas.quantized import FP8, FP8_BITS, QuantizedPages
 from kernels_pallas.work import AttentionWork, work_layout
 from scripts.published_models import LATENT
 from tests.device.fixture_models import FIXTURES
@@ -60,12 +61,17 @@ def test_what_cannot_serve_is_refused_at_start_by_its_own_reasons(backend: str, 
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax >= 0.11")
-@pytest.mark.parametrize(("gpu", "reason"), [("NVIDIA H200", None), ("NVIDIA A100", "needs an NVIDIA Hopper GPU")])
-def test_mosaic_gpu_serves_latent_attention_on_hopper_only(gpu: str, reason: str | None) -> None:
+@pytest.mark.parametrize(("gpu", "codes", "reason"), [
+    ("NVIDIA H200", None, None), ("NVIDIA H200", FP8, None), ("NVIDIA H200", FP8_BITS, "codes of uint8 are for CPUs"),
+    ("NVIDIA A100", None, "needs an NVIDIA Hopper GPU"),
+])
+def test_mosaic_gpu_serves_latent_attention_on_hopper_only(gpu: str, codes: str | None, reason: str | None) -> None:
     """A layer of DeepSeek-V2-Lite at its real width, traced for a GPU that is not there."""
     spec = spec_from_config(LATENT["DeepSeek-V2-Lite"] | {"num_hidden_layers": 1})
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    page = jax.ShapeDtypeStruct((8, 1, 16, 576), jnp.bfloat16)
+    page: Any = jax.ShapeDtypeStruct((8, 1, 16, 576), codes or jnp.bfloat16)
+    if codes is not None:
+        page = QuantizedPages(page, jax.ShapeDtypeStruct(page.shape[:3], jnp.float32))
     context = StepContext(
         position_T=integers((16,)), row_T=integers((16,)), page_RM=(integers((4, 8)),),
         work=AttentionWork.from_arrays({name: integers(size) for name, size in work_layout(16, 4).items()}),

@@ -85,15 +85,44 @@ CASES = {
     "latent-drafts": Case(entries=DRAFTS, heads=24, kv_heads=1, head_dim=192, latent_dim=128, tokens=3),
     "latent-shared-pages": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, shares_pages=True),
     "latent-nothing-to-do": Case(entries=(), heads=8, kv_heads=1, head_dim=192, latent_dim=128),
+    "latent-int8": Case(
+        entries=((1, 40, 1), (0, 5, 4)), heads=16, kv_heads=1, head_dim=192, latent_dim=128, codes="int8"
+    ),
+    "latent-fp8": Case(
+        heads=16, kv_heads=1, head_dim=192, latent_dim=128, codes="float8_e4m3fn", scales="bfloat16", page_size=32
+    ),
+    "latent-fp8-float16": Case(
+        heads=5, kv_heads=1, head_dim=128, latent_dim=128, codes="float8_e4m3fn", dtype="float16", page_size=64
+    ),
+    "latent-int8-128-heads": Case(heads=128, kv_heads=1, head_dim=192, latent_dim=128, codes="int8"),
+    "latent-int8-drafts": Case(
+        entries=DRAFTS, heads=24, kv_heads=1, head_dim=192, latent_dim=128, tokens=3, codes="int8"
+    ),
     "deepseek": Case(entries=((1, 299, 1), (0, 70, 5)), heads=16, kv_heads=1, head_dim=576, latent_dim=512),
+    "deepseek-fp8": Case(
+        entries=((1, 299, 1), (0, 70, 5)), heads=16, kv_heads=1, head_dim=576, latent_dim=512, codes="float8_e4m3fn"
+    ),
     "bug-latent-not-cleared": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="clear_outside"),
     "bug-latent-not-awaited": Case(heads=8, kv_heads=1, head_dim=192, latent_dim=128, bug="barrier_wait"),
+    "bug-latent-codes-not-cleared": Case(
+        heads=8, kv_heads=1, head_dim=192, latent_dim=128, codes="float8_e4m3fn", bug="clear_outside"
+    ),
+    "bug-latent-scales-not-cleared": Case(
+        heads=8, kv_heads=1, head_dim=192, latent_dim=128, codes="int8", bug="held_scales"
+    ),
+    "bug-latent-codes-not-awaited": Case(
+        heads=8, kv_heads=1, head_dim=192, latent_dim=128, codes="int8", bug="barrier_wait"
+    ),
     "bug-codes-not-cleared": Case(heads=4, kv_heads=1, codes="float8_e4m3fn", bug="clear_outside"),
     "bug-scales-not-cleared": Case(heads=4, kv_heads=1, codes="int8", bug="held_scales"),
     "bug-values-not-cleared": Case(heads=4, kv_heads=1, bug="clear_outside"),
     "bug-blocks-not-awaited": Case(heads=4, kv_heads=1, bug="barrier_wait"),
 }
-QUICK = ("window-sinks-soft-cap", "latent-short")
+# Latent caches are one kernel, and both forms of it run: numbers, and codes.
+QUICK = {
+    "paged_decode": ("window-sinks-soft-cap", "latent-int8"),
+    "paged_prefill": ("window-sinks-soft-cap", "latent-short"),
+}
 EDGES = (0, 1, 15, 16, 17, 63, 64, 65, 127, 255, 256, 257)      # tokens before a step's
 
 
@@ -113,7 +142,7 @@ def case_of(name: str) -> Case:
     if seed % 2:
         return Case(
             entries=entries, heads=int(rng.choice((3, 16, 40))), kv_heads=1, head_dim=192, latent_dim=128,
-            shares_pages=shares_pages,
+            shares_pages=shares_pages, codes=(None, "int8", "float8_e4m3fn")[rng.integers(3)],
         )
     return Case(
         entries=entries, heads=int(rng.choice((2, 6, 10))), window=(None, 1, 40)[rng.integers(3)],

@@ -90,8 +90,12 @@ def test_a_latent_cache_is_refused_where_the_kernel_cannot_take_it() -> None:
     for named in ("one kv head, this one 2", "600 numbers", "500 values", "page size 128 is none of 16, 32, 64",
                   "a window over", "a soft cap over", "sinks over"):
         assert named in found
-    shared = hopper.LATENT_STAGES * hopper.LATENT_SLOTS * 576 * 2 + 64 * (576 + 64) * 2 + 64 * 4
-    assert shared <= hopper.PROGRAM_BYTES_MAX
+    bits = QuantizedPages(jnp.zeros((2, 1, 16, 576), FP8_BITS), jnp.zeros((2, 1, 16), jnp.float32))
+    options = {"window": None, "soft_cap": None, "has_sinks": False}
+    assert any("codes of uint8" in why for why in hopper.latent_refusals(jnp.zeros((4, 16, 576)), bits, 512, **options))
+    block, beside = hopper.LATENT_SLOTS * 576, 64 * (576 + 64) * 2 + 64 * 4
+    for shared in (hopper.LATENT_STAGES * block * 2, hopper.LATENT_STAGES * (block + 64 * 4) + block * 2):
+        assert shared + beside <= hopper.PROGRAM_BYTES_MAX
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])

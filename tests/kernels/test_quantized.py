@@ -52,20 +52,22 @@ def test_zero_stays_zero_and_what_is_not_finite_is_noticed(codes):
     assert not np.isfinite(back[1:]).all(-1).any()
 
 
-def step(codes: str, scales: str):
+def step(codes: str, scales: str, heads: tuple[int, int] = (K, H)):
     rng = np.random.default_rng(0)
     page_RM = jnp.asarray(rng.permutation(P)[: R * M].reshape(R, M), jnp.int32)
     row_T, position_T = np.full(T, R, np.int32), np.zeros(T, np.int32)
     row_T[:12], position_T[:12] = 1, np.arange(10, 22)
-    pool = in_codes(jnp.asarray(rng.normal(size=(P, K, S, H)), jnp.float32), codes, scales)
-    x_TKH = jnp.asarray(rng.normal(size=(T, K, H)), jnp.bfloat16)
+    pool = in_codes(jnp.asarray(rng.normal(size=(P, heads[0], S, heads[1])), jnp.float32), codes, scales)
+    x_TKH = jnp.asarray(rng.normal(size=(T, *heads)), jnp.bfloat16)
     return pool, x_TKH, page_RM, jnp.asarray(row_T), jnp.asarray(position_T)
 
 
 @pytest.mark.parametrize("codes", CODES)
-@pytest.mark.parametrize("scales", SCALES)
-def test_writes_codes_and_scales_of_real_tokens_and_nothing_else(codes, scales):
-    pool, *arrays = step(codes, scales)
+@pytest.mark.parametrize(("scales", "heads"), [
+    *((scales, (K, H)) for scales in SCALES), pytest.param("float32", (1, 576), id="latents", marks=pytest.mark.slow),
+])
+def test_writes_codes_and_scales_of_real_tokens_and_nothing_else(codes, scales, heads):
+    pool, *arrays = step(codes, scales, heads)
     written = kv_write(pool, *arrays, implementation="xla")
     expected = kv_write(pool, *arrays, implementation="reference")
     assert isinstance(written, QuantizedPages) and written.scale_PKS.dtype == scales
@@ -92,22 +94,29 @@ def test_a_donated_pool_of_codes_is_written_in_place(codes):
 @pytest.mark.parametrize("codes", ["int8", FP8])
 @pytest.mark.parametrize(
     "name",
-    ["gpt-oss-20b-local", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm2-135m", "gemma-2-9b-local"))],
+    [
+        "gpt-oss-20b-local", "deepseek-v2-lite",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("smollm2-135m", "gemma-2-9b-local")),
+    ],
 )
 def test_attention_over_codes_equals_the_reference_and_reads_no_poison(op, codes, name):
     given = Step(shrunk(head_shape(name)), jnp.float32)
-    k, v = in_codes(given.k_PKSH, codes), in_codes(given.v_PKSH, codes)
+    k, v = (None if x is None else in_codes(x, codes) for x in (given.k_PKSH, given.v_PKSH))
     expected = given.run(op, "reference", k=k, v=v)
     got = given.run(op, "xla", k=k, v=v)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=3e-6)
     exact = given.run(op, "reference")
     off = np.linalg.norm(got - exact) / np.linalg.norm(exact)
     assert 1e-4 < off < (0.02 if codes == "int8" else 0.06)     # something was rounded, and no more than a step
-    free = jnp.asarray(~given.held_PS)[:, None, :]
-    k, v = (QuantizedPages(x.code_PKSH, jnp.where(free, jnp.nan, x.scale_PKS)) for x in (k, v))
-    if codes.startswith("float"):
-        k, v = (x._replace(code_PKSH=jnp.where(free[..., None], jnp.nan, x.code_PKSH).astype(codes)) for x in (k, v))
+    k, v = (None if x is None else poisoned(x, jnp.asarray(~given.held_PS)[:, None, :]) for x in (k, v))
     np.testing.assert_array_equal(given.run(op, "xla", k=k, v=v), got)
+
+
+def poisoned(pages: QuantizedPages, free_PKS: jax.Array) -> QuantizedPages:
+    code_PKSH, scale_PKS = pages.code_PKSH, jnp.where(free_PKS, jnp.nan, pages.scale_PKS)
+    if code_PKSH.dtype == FP8:
+        code_PKSH = jnp.where(free_PKS[..., None], jnp.nan, code_PKSH).astype(FP8)
+    return QuantizedPages(code_PKSH, scale_PKS)
 
 
 @pytest.mark.parametrize("op", OPS)
