@@ -47,7 +47,7 @@ logger = logging.getLogger("jaxserve.engine")
 
 BEAT_S = 1.0   # an engine without outputs says it is alive this often
 STALL_S = 0.05  # how often to look whether the buckets that the waiting work needs are compiled by now
-HOLD_S = 0.005  # how often to look whether a step whose successor waits for newcomers has landed early
+HOLD_S = 0.02    # how often to look whether a step whose successor waits for newcomers has landed early
 
 LOST_S = 1.0    # another process's end may first show as a failed collective: the link to it says more, and ends this
 FAIL_S = 0.5    # for the last frame to reach the API process

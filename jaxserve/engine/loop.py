@@ -8,6 +8,7 @@ Invariants: at most one step is in flight between two turns (none with `async_sc
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class EngineLoop:
     def hold_s(self) -> float:
         """Seconds by which the next `step` is better put off, for those who may come; 0 once it is due."""
         flying = self._in_flight
-        if flying is None or not flying.has_prompts or flying.pending.has_landed:
+        if flying is None or not flying.has_prompts or flying.pending.has_landed or not self._has_room():
             return 0.0
         begin_s = max(flying.launched_s, self._landed_s)
         return max(0.0, begin_s + self._forecast.launch_by(tokens=flying.plan.token_count) - perf_counter())
@@ -175,6 +176,17 @@ class EngineLoop:
         self.is_stalled = not touched and bool(self._roster.live)
         self._timing = (start, planned_at, launched_at, landed_at, perf_counter())
         return outputs
+
+    def _has_room(self) -> bool:
+        """Whether those who are here leave some of the next step to a newcomer."""
+        roster, room = self._roster, self._runner.limits().tokens_max
+        if not roster.free_row_count:
+            return False
+        for sequence in itertools.chain(roster.running, roster.waiting):
+            room -= max(1, (sequence.prefill_end or sequence.known) - sequence.planned)
+            if room <= 0:
+                return False
+        return True
 
     def flush_prefix_cache(self) -> None:
         """Forgets cached content; running sequences keep their pages."""

@@ -74,6 +74,21 @@ def test_a_step_that_lands_early_is_followed_at_once(seconds) -> None:
     assert harness.loop.hold_s == 0
 
 
+def test_a_step_that_others_will_fill_is_not_put_off_for_newcomers(seconds) -> None:
+    harness = landed_once(seconds)
+    harness.add(make_request("c", range(50, 80)))
+    assert harness.loop.hold_s > 0
+    harness.add(make_request("d", range(60, 90)))
+    assert harness.loop.hold_s == 0
+
+
+def test_nobody_is_waited_for_without_a_row_to_give(seconds) -> None:
+    harness = landed_once(seconds)
+    assert harness.loop.hold_s > 0
+    harness.loop._roster._free_rows.clear()
+    assert harness.loop.hold_s == 0
+
+
 def test_steps_of_decodes_are_followed_at_once(seconds) -> None:
     harness = landed_once(seconds)
     harness.step()
