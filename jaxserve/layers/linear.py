@@ -33,7 +33,8 @@ def matmul(x_TI: Array, weight_OI: Array | QTensor, axis: str | None = None) -> 
 
 def matmul_rounded(x_TI: Array, weight_OI: Array, axis: str, dtype: DTypeLike) -> Array:
     """x · weightᵀ of all devices, in `dtype` where nothing is left to be done in float32, else in float32."""
-    if x_TI.dtype == weight_OI.dtype == dtype and native.serves_dot(weight_OI.dtype, weight_OI.shape[0]):
+    is_whole = collectives.part_count(axis) == 1 and x_TI.dtype == weight_OI.dtype == dtype
+    if is_whole and native.serves_dot(weight_OI.dtype, weight_OI.shape[0]):
         return jax.lax.platform_dependent(
             x_TI, weight_OI, cpu=partial(native.matmul, rounds=True), default=lambda x, w: _dot(x, w).astype(dtype)
         )

@@ -45,7 +45,7 @@ class Normalise(nn.Module):
         return self._normed(x_TD)
 
     def _is_native(self, x_TD: Array) -> bool:
-        is_alike = x_TD.dtype == self.weight_D.dtype == self.dtype
+        is_alike = x_TD.dtype == self.weight_D.dtype == self.dtype and collectives.part_count(self.axis) == 1
         return is_alike and x_TD.shape[-1] == self.width and native.serves_norm(self.dtype, self.width)
 
     def _normed(self, x_TD: Array) -> Array:

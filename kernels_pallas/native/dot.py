@@ -1,11 +1,13 @@
-"""x · weightᵀ: x [T, I], weight [O, I] as checkpoints store it, out [T, O]; bfloat16 to float32
-(ROUNDED: to bfloat16, once, at the end), or int8 to int32.
+"""x · weightᵀ: x [T, I], weight [O, I] as checkpoints store it, out [T, O]; bfloat16 to float32 (ROUNDED: to bfloat16,
+once, at the end), or int8 to int32.
 
-Block: 16 sums, (rows x outputs) of 1 x 16, 2 x 8 or 4 x 4, each 16 lanes wide; a turn of the loop loads a register of
-every row and weight row of the block and multiplies them: 32 bfloat16 pairwise (AVX512-BF16 `vdpbf16ps`), 64 int8 four
-by four (AVX512-VNNI `vpdpbusd`, which takes one side unsigned: weights get 128 more, and who calls takes away 128 times
-the sum of the row). At the end 15 additions turn the 16 sums of 16 lanes into one register. Chunk: tiles of 16
-outputs, all rows; weights are read from memory once, rows stay in the caches.
+By tile registers (`tiles`) where this CPU has them and rows are whole steps of them, else by lanes: a block is 16 sums,
+(rows x outputs) of 1 x 16, 2 x 8 or 4 x 4, each 16 lanes wide; a turn of the loop loads a register of every row and
+weight row of the block and multiplies them: 32 bfloat16 pairwise (AVX512-BF16 `vdpbf16ps`), 64 int8 four by four
+(AVX512-VNNI `vpdpbusd`, which takes one side unsigned: weights get 128 more, and who calls takes away 128 times the sum
+of the row). At the end 15 additions turn the 16 sums of 16 lanes into one register.
+Chunk: a part of the outputs for a span of tokens; by lanes that is all of them, so that weights are read from memory
+once, and rows stay in the caches.
 Rows of zeros at the end, which is what padding is, are not multiplied: their results are zeros, too.
 Traffic: O · I weights, 2 bytes or 1; bound by memory up to some 16 rows, by the multipliers beyond.
 Invariant: a row's result is made by the same additions in the same order whatever the other rows are, and however many.
