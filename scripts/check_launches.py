@@ -13,7 +13,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 os.environ["JAX_PLATFORMS"] = "cpu"     # before jax: the plugin is there, its device is not
 
@@ -59,13 +59,17 @@ STAGES = {
 def layer_table() -> Iterator[str]:
     """A row a part: launches of a layer, bytes read and written, and those as a share of the layer's weights."""
     counted = {name: _of_layers(name) for name in MODELS}
-    yield "| part of a layer | " + " | ".join(
-        f"{name}: launches | KiB | % of {weights >> 20} MiB of weights" for name, (_, weights) in counted.items()
-    ) + " |"
-    yield "|---|" + "---|" * 3 * len(counted)
+    yield from _head("part of a layer", "KiB", {name: weights for name, (_, weights) in counted.items()})
     for part in PARTS:
         cells = [_cells(found.get(part, []), weights) for found, weights in counted.values()]
         yield f"| {part} | " + " | ".join(cells) + " |"
+
+
+def _head(first: str, unit: str, weights: Mapping[str, int]) -> Iterator[str]:
+    """Of a table with three columns a model."""
+    columns = (f"{name}: launches | {unit} | % of {size >> 20} MiB of weights" for name, size in weights.items())
+    yield f"| {first} | " + " | ".join(columns) + " |"
+    yield "|---|" + "---|" * 3 * len(weights)
 
 
 def _cells(found: Sequence[tuple[float, float]], weights: int) -> str:
@@ -94,10 +98,7 @@ def _of_layers(name: str) -> tuple[dict[str, list[tuple[float, float]]], int]:
 def sampling_table() -> Iterator[str]:
     """A row a stage: launches, bytes, and those as a share of the matrix that makes logits."""
     counted = {name: _of_sampling(name) for name in MODELS}
-    yield "| stage of sampling | " + " | ".join(
-        f"{name}: launches | MiB | % of {weights >> 20} MiB of weights" for name, (_, weights) in counted.items()
-    ) + " |"
-    yield "|---|" + "---|" * 3 * len(counted)
+    yield from _head("stage of sampling", "MiB", {name: weights for name, (_, weights) in counted.items()})
     for stage in STAGES:
         cells = []
         for found, weights in counted.values():

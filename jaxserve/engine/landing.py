@@ -24,7 +24,7 @@ class LandingForecast:
 
     >>> forecast = LandingForecast()
     >>> forecast.observe(tokens=256, seconds=0.2, host_s=0.002)
-    >>> forecast.launch_by(tokens=256)
+    >>> round(forecast.launch_by(tokens=256), 3)
     0.172
     """
 
@@ -42,7 +42,7 @@ class LandingForecast:
         recent = self._seconds.get(_size(tokens))
         if not recent:
             return 0.0
-        return max(0.0, round((1 - MARGIN) * min(recent) - HOST_MARGIN * self._host_s, 6))
+        return max(0.0, (1 - MARGIN) * min(recent) - HOST_MARGIN * self._host_s)
 
 
 def _size(tokens: int) -> int:

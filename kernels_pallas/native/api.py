@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kernels_pallas.native import attend, blocks, dot, gated, host, norm, packed, queries, tiles
+from kernels_pallas.native import attend, blocks, gated, host, kinds, lane_blocks, norm, packed, queries, tiles
 from kernels_pallas.native.vectors import LOG2_E
 from kernels_pallas.quantized import Pages, QuantizedPages
 from kernels_pallas.quantized_matmul.weights import PackedWeight
@@ -63,7 +63,7 @@ def _sets(is_packed: bool) -> tuple[host.KernelSet, ...]:
 
 def serves_dot(dtype: DTypeLike, width_out: int) -> bool:
     """Whether `matmul` takes weights of this type and width here."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and width_out >= dot.TILE and not refusals()
+    return jnp.dtype(dtype) == jnp.bfloat16 and width_out >= lane_blocks.TILE and not refusals()
 
 
 def has_tiles() -> bool:
@@ -77,7 +77,7 @@ def matmul(x_TI: Array, weight_OI: Array, *, rounds: bool = False) -> Array:
     Args:
       rounds: to bfloat16 at the end.
     """
-    numbers, dtype = (dot.ROUNDED, jnp.bfloat16) if rounds else (dot.BFLOAT16, jnp.float32)
+    numbers, dtype = (kinds.ROUNDED, jnp.bfloat16) if rounds else (kinds.BFLOAT16, jnp.float32)
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), dtype)
     return jax.ffi.ffi_call(host.targets()[numbers.name], shape)(x_TI, weight_OI)
 
@@ -116,7 +116,7 @@ def rms_norm(x_TD: Array, weight_D: Array, *, epsilon: float, offset: float) -> 
 def matmul_int8(x_TI: Array, weight_OI: Array) -> Array:
     """x · weightᵀ of int8 in int32, [T, O], exact; for sizes that `serves_int8` takes."""
     shape = jax.ShapeDtypeStruct((x_TI.shape[0], weight_OI.shape[0]), jnp.int32)
-    product_TO = jax.ffi.ffi_call(host.targets("packed")[dot.INT8.name], shape)(x_TI, weight_OI)
+    product_TO = jax.ffi.ffi_call(host.targets("packed")[kinds.INT8.name], shape)(x_TI, weight_OI)
     if has_tiles() and x_TI.shape[1] % tiles.STEP_BYTES == 0:
         return product_TO       # tiles take both sides signed
     return product_TO - 128 * x_TI.astype(jnp.int32).sum(-1, keepdims=True)
@@ -124,7 +124,7 @@ def matmul_int8(x_TI: Array, weight_OI: Array) -> Array:
 
 def serves_int8(width_out: int, width_in: int) -> bool:
     """Whether `matmul_int8` takes weights of this size here."""
-    return width_out >= dot.TILE and width_in <= INT8_INPUTS_MAX and not refusals()
+    return width_out >= lane_blocks.TILE and width_in <= INT8_INPUTS_MAX and not refusals()
 
 
 def packed_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
@@ -133,9 +133,9 @@ def packed_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
     (outs, ins), step = weight.shape, packed.TURN if weight.is_half else packed.TURN // 2
     if x_TI.dtype != jnp.bfloat16:
         found.append(f"rows must be bfloat16, got {x_TI.dtype}")
-    if outs < dot.TILE or ins % step or weight.group_size % step:
-        found.append(f"{outs} outputs of {ins} inputs in groups of {weight.group_size}: needs {dot.TILE} outputs, and "
-                     f"groups of multiples of {step}")
+    if outs < lane_blocks.TILE or ins % step or weight.group_size % step:
+        found.append(f"{outs} outputs of {ins} inputs in groups of {weight.group_size}: needs {lane_blocks.TILE} outputs, "
+                     f"and groups of multiples of {step}")
     if _variant(weight) not in packed.VARIANTS:
         found.append(f"{weight.code} with scales of {weight.scale_OG.dtype} is not built")
     return found

@@ -17,7 +17,7 @@ from kernels_pallas.native import blocks, items, queries, query_tiles, tiles
 from kernels_pallas.native.blocks import BLOCK, DIM_STEP, SOURCE
 from kernels_pallas.native.items import BLOCK_OF_ITEMS, ITEM, ITEM_WORDS, RUN
 from kernels_pallas.native.queries import BATCH, STATE_BYTES, VECTOR
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
+from kernels_pallas.native.runtime import RESULT_TABLE, arguments, joined, loaded, loop, of_thread, stored
 from kernels_pallas.native.vectors import LANES, broadcast
 
 NAME = "jaxserve_attend"
@@ -35,9 +35,10 @@ def kernel(*, has_tiles: bool) -> str:
     Args:
       has_tiles: whether tile registers multiply; needs `tiles.shared`.
     """
+    of_tiles = (tiles.CONFIGURE, tiles.RELEASE) if has_tiles else ()
     return "\n".join([
         blocks.parts(), queries.parts(), query_tiles.parts() if has_tiles else "", _begin(), _finish(),
-        _run(has_tiles=has_tiles), items.parts(), _chunk(), _setup(), _threads(has_tiles=has_tiles),
+        _run(has_tiles=has_tiles), items.parts(), _chunk(), _setup(), of_thread(NAME, *of_tiles),
     ])
 
 
@@ -196,21 +197,6 @@ def _begin_item() -> str:
     i64 %token, i64 %position, i64 %base, i64 %of_item)"""
 
 
-def _threads(*, has_tiles: bool) -> str:
-    """@NAME_begin and @NAME_end: a thread's tiles, if there are."""
-    configure, release = (tiles.CONFIGURE, tiles.RELEASE) if has_tiles else ("", "")
-    return f"""
-define internal ptr @{NAME}_begin(ptr %operands) {{
-{configure}
-  ret ptr null
-}}
-define internal void @{NAME}_end(ptr %operands, ptr %own) {{
-{release}
-  ret void
-}}
-"""
-
-
 def _chunk() -> str:
     """@NAME_chunk: chunk = group of items * K + kv head."""
     settings = joined([
@@ -273,13 +259,9 @@ exit:
 
 def _setup() -> str:
     """@NAME_setup: fills the operands from the frame; items * K chunks."""
-    arguments = joined([
-        f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(POINTERS[:-1])
-    ])
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
-{arguments}
+{arguments(POINTERS[:-1])}
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
   %out = call ptr @data(ptr %out_buffer)
   %K = call i64 @size(ptr %k_buffer, i64 1)

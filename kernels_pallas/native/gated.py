@@ -10,9 +10,10 @@ Invariant: a row's result is the same beside any others.
 
 from __future__ import annotations
 
-from kernels_pallas.native import dot, tiles
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loop, stored
-from kernels_pallas.native.vectors import LANES, LOG2_E, broadcast, splat, transposed
+from kernels_pallas.native import dot, kinds, tiles
+from kernels_pallas.native.lane_blocks import TILE
+from kernels_pallas.native.runtime import RESULT_TABLE, arguments, joined, loop, stored
+from kernels_pallas.native.vectors import LANES, LOG2_E, broadcast, splat
 
 NAME = "jaxserve_gated"
 VECTOR = "<16 x float>"
@@ -25,7 +26,7 @@ OUTPUTS = "ptr %x, ptr %gate, ptr %up, ptr %out, i64 %T, i64 %F, i64 %I, i64 %ti
 def kernel(*, has_tiles: bool) -> str:
     """IR of the activation, the chunk, the setup and the end; needs `dot.products` of bfloat16 and @power."""
     by_tiles = [_tile(), _by_tiles()] if has_tiles else []
-    ends = [_chunk(has_tiles=has_tiles), _setup(has_tiles=has_tiles), dot.begin_and_end(NAME, WORDS, dot.BFLOAT16)]
+    ends = [_chunk(has_tiles=has_tiles), _setup(has_tiles=has_tiles), dot.begin_and_end(NAME, WORDS, kinds.BFLOAT16)]
     return joined([_activation(), _by_lanes(), *by_tiles, *ends])
 
 
@@ -85,8 +86,8 @@ FACTORS = f"""{broadcast("firsts", "%first")}
 def _by_lanes() -> str:
     """@gated_by_lanes: 16 outputs from %tile on, of all rows; their products rest in %gates and %ups, [T, 16] each."""
     products = joined([
-        f"  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {dot.TILE}, i64 %I, "
-        f"i64 0, i64 {dot.TILE})" for name in ("gate", "up")
+        f"  call void @{kinds.BFLOAT16.name}_any(ptr %x, ptr %{name}, ptr %{name}s, i64 %T, i64 {TILE}, i64 %I, "
+        f"i64 0, i64 {TILE})" for name in ("gate", "up")
     ])
     body = f"""{_of_row()}
   %result_short = fptrunc {VECTOR} %result to <16 x bfloat>
@@ -97,7 +98,7 @@ def _by_lanes() -> str:
     return f"""
 define internal void @gated_by_lanes({OUTPUTS}) noinline {{
 entry:
-  %side_items = mul i64 %T, {dot.TILE}
+  %side_items = mul i64 %T, {TILE}
   %gates_bytes = mul i64 %side_items, 8
   %gates = call ptr @malloc(i64 %gates_bytes)
   %ups = getelementptr float, ptr %gates, i64 %side_items
@@ -111,23 +112,7 @@ entry:
 
 
 def _tile() -> str:
-    """@gated_tile: 16 outputs of 16 tokens from %token on, from their products, [outputs, tokens], in %gates and %ups.
-
-    Tokens past the last hold what the last holds, and are stored there first.
-    """
-    each = range(LANES)
-    loads = [
-        f"  %place{i} = getelementptr {VECTOR}, ptr %results, i64 {i}\n"
-        f"  %of{i} = load <16 x i32>, ptr %place{i}, align 64" for i in each
-    ]
-    lines, turned = transposed([f"%of{i}" for i in each])
-    stores = [
-        f"  %token{t}_far = add i64 %token, {t}\n"
-        f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
-        f"  %out{t}_row = mul i64 %token{t}, %F\n  %out{t}_item = add i64 %out{t}_row, %tile\n"
-        f"  %to{t} = getelementptr bfloat, ptr %out, i64 %out{t}_item\n" + tiles.rounded(str(t), turned[t])
-        for t in reversed(each)
-    ]
+    """@gated_tile: 16 outputs of 16 tokens from %token on; their products are [outputs, tokens] in %gates and %ups."""
     body = f"""{_of_row()}
   %result_at = getelementptr {VECTOR}, ptr %results, i64 %row
   store {VECTOR} %result, ptr %result_at, align 64"""
@@ -137,10 +122,11 @@ define internal void @gated_tile(
 ) noinline {{
 entry:
   %results = alloca [{LANES} x {VECTOR}], align 64
-  %last = sub i64 %T, 1
 {FACTORS}
 {loop("row", "0", str(LANES), 1, body, "entry")}
-{joined([*loads, *lines, *stores])}
+  %out_bytes = mul i64 %F, 2
+  %byte = mul i64 %tile, 2
+  call void @tile_store_rounded(ptr %results, ptr %out, i64 %T, i64 %out_bytes, i64 %token, i64 %byte)
   ret void
 }}
 """
@@ -178,7 +164,7 @@ def _chunk(*, has_tiles: bool) -> str:
     """@NAME_chunk: 16 outputs by 16, two products and what becomes of them."""
     begin, each = "", f"  call void @gated_by_lanes({OUTPUTS})"
     if has_tiles:
-        begin = dot.is_whole(dot.BFLOAT16)
+        begin = dot.is_whole(kinds.BFLOAT16)
         each = f"""  br i1 %is_whole, label %by_tiles, label %by_lanes
 by_tiles:
   call void @gated_by_tiles({OUTPUTS}, i64 %row_bytes)
@@ -197,7 +183,7 @@ stored:"""
     return f"""
 define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
 {dot.chunk_operands(WORDS)}
-{dot.share(dot.BFLOAT16, dot.UNIT)}
+{dot.share(kinds.BFLOAT16, dot.UNIT)}
   %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %F)
   %out_item_first = mul i64 %row, %F
   %out = getelementptr bfloat, ptr %out_all, i64 %out_item_first
@@ -205,11 +191,11 @@ define internal void @{NAME}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
   %third_at = getelementptr float, ptr %factors, i64 1
   %first = load float, ptr %first_at
   %third = load float, ptr %third_at
-  %tile_last = sub i64 %F, {dot.TILE}
+  %tile_last = sub i64 %F, {TILE}
 {begin}
   br label %begin_each
 begin_each:
-{loop("outputs", "%begin", "%end", dot.TILE, body, "begin_each")}
+{loop("outputs", "%begin", "%end", TILE, body, "begin_each")}
   ret void
 }}
 """
@@ -217,22 +203,17 @@ begin_each:
 
 def _setup(*, has_tiles: bool) -> str:
     """@NAME_setup: arguments are x, weight, the two factors."""
-    arguments = joined([
-        f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{name} = call ptr @data(ptr %{name}_buffer)"
-        for index, name in enumerate(("x", "weight", "factors"))
-    ])
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
-{arguments}
+{arguments(("x", "weight", "factors"))}
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
   %out = call ptr @data(ptr %out_buffer)
   %T_all = call i64 @size(ptr %x_buffer, i64 0)
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %F = call i64 @size(ptr %out_buffer, i64 1)
   %out_bytes = mul i64 %F, 2
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
-{dot.shares(dot.BFLOAT16, dot.UNIT, "%F", has_tiles=has_tiles)}
+  %T = call i64 @{kinds.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+{dot.shares(kinds.BFLOAT16, dot.UNIT, "%F", has_tiles=has_tiles)}
 {stored(WORDS)}
   ret i64 %chunks
 }}

@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from kernels_pallas.native import attend, dot, gated, norm, packed, runtime, tiles, vectors
+from kernels_pallas.native import attend, dot, gated, kinds, norm, packed, runtime, tiles, vectors
 
 FEATURE = "avx512bf16"
 TILE_FEATURES = ("amx-tile", "amx-bf16", "amx-int8")
@@ -112,7 +112,7 @@ def _header() -> Path:
 
 
 def _plain() -> tuple[list[str], str]:
-    form, both = {"has_tiles": has_tiles()}, (dot.BFLOAT16, dot.ROUNDED)
+    form, both = {"has_tiles": has_tiles()}, (kinds.BFLOAT16, kinds.ROUNDED)
     kernels = {numbers.name: dot.kernel(numbers, **form) for numbers in both}
     kernels |= {gated.NAME: gated.kernel(**form), attend.NAME: attend.kernel(**form), norm.NAME: norm.kernel()}
     products = [dot.products(numbers, **form) for numbers in both]
@@ -121,8 +121,8 @@ def _plain() -> tuple[list[str], str]:
 
 def _packed() -> tuple[list[str], str]:
     kernels = {spelling.name: packed.variant(spelling) for spelling in packed.VARIANTS}
-    kernels[dot.INT8.name] = dot.kernel(dot.INT8, has_tiles=has_tiles())
-    products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (dot.BFLOAT16, dot.INT8)]
+    kernels[kinds.INT8.name] = dot.kernel(kinds.INT8, has_tiles=has_tiles())
+    products = [dot.products(numbers, has_tiles=has_tiles()) for numbers in (kinds.BFLOAT16, kinds.INT8)]
     return list(kernels), _module([packed.shared(), *products], kernels)
 
 

@@ -7,7 +7,7 @@ Invariant: a row's result is the same beside any others.
 
 from __future__ import annotations
 
-from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, joined, loaded, loop, stored
+from kernels_pallas.native.runtime import RESULT_TABLE, arguments, joined, loaded, loop, of_thread, stored
 from kernels_pallas.native.vectors import PAIRS
 
 NAME = "jaxserve_rms_norm"
@@ -19,14 +19,7 @@ WORDS = [(name, "ptr") for name in ("x", "weight", "settings", "out")] + [(name,
 
 def kernel() -> str:
     """IR of the chunk, the setup, and a thread's nothing of its own."""
-    return joined([_chunk(), _setup(), f"""
-define internal ptr @{NAME}_begin(ptr %operands) {{
-  ret ptr null
-}}
-define internal void @{NAME}_end(ptr %operands, ptr %own) {{
-  ret void
-}}
-"""])
+    return joined([_chunk(), _setup(), of_thread(NAME)])
 
 
 def _wide(name: str, at: str, item: str) -> str:
@@ -89,13 +82,9 @@ entry:
 
 def _setup() -> str:
     """@NAME_setup: arguments are x, weight, and float32 [epsilon, offset]."""
-    arguments = joined([
-        f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
-        f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(("x", "weight", "settings"))
-    ])
     return f"""
 define internal i64 @{NAME}_setup(ptr %operands, ptr %frame) {{
-{arguments}
+{arguments(("x", "weight", "settings"))}
   %out_buffer = call ptr @buffer(ptr %frame, i64 {RESULT_TABLE}, i64 0)
   %out = call ptr @data(ptr %out_buffer)
   %T = call i64 @size(ptr %x_buffer, i64 0)

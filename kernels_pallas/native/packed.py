@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from kernels_pallas.native import dot
+from kernels_pallas.native import dot, kinds
+from kernels_pallas.native.lane_blocks import TILE
 from kernels_pallas.native.runtime import ARGUMENT_TABLE, RESULT_TABLE, stored
 from kernels_pallas.native.vectors import broadcast, indices, number
 
@@ -67,7 +68,7 @@ def shared() -> str:
 
 def variant(spelling: Variant) -> str:
     """IR of one variant's unpacking, chunk and setup."""
-    ends = dot.begin_and_end(spelling.name, WORDS, dot.BFLOAT16)
+    ends = dot.begin_and_end(spelling.name, WORDS, kinds.BFLOAT16)
     return "\n".join((_unpack(spelling), _chunk(spelling), _setup(spelling), ends))
 
 
@@ -216,17 +217,17 @@ def _chunk(spelling: Variant) -> str:
 define internal void @{spelling.name}_chunk(ptr %operands, i64 %chunk, ptr %own) {{
 entry:
 {dot.chunk_operands(WORDS)}
-{dot.share(dot.BFLOAT16, dot.TILE)}
+{dot.share(kinds.BFLOAT16, TILE)}
   %out = getelementptr float, ptr %out_all, i64 0       ; one span: every other would unpack all weights again
   %end = call i64 @llvm.smin.i64(i64 %end_whole, i64 %O)
   %row_bytes = mul i64 %I, 2
-  %scratch_bytes = mul i64 %row_bytes, {dot.TILE}
+  %scratch_bytes = mul i64 %row_bytes, {TILE}
   %scratch = call ptr @malloc(i64 %scratch_bytes)
-  %tile_last = sub i64 %O, {dot.TILE}
+  %tile_last = sub i64 %O, {TILE}
   br label %begin_tile
 begin_tile:
   %tile = phi i64 [%begin, %entry], [%tile_next, %next]
-  %tile_next = add i64 %tile, {dot.TILE}
+  %tile_next = add i64 %tile, {TILE}
   %tile_end = call i64 @llvm.smin.i64(i64 %tile_next, i64 %end)
   %tile_at = call i64 @llvm.smin.i64(i64 %tile, i64 %tile_last)     ; blocks at the edge are moved back
   br label %unpack
@@ -239,13 +240,13 @@ unpack:
     ptr %code, ptr %scale, ptr %extra, ptr %to, i64 %I, i64 %G, i64 %C, i64 %E, i64 %weight_row
   )
   %r_next = add i64 %r, 1
-  %more_rows = icmp slt i64 %r_next, {dot.TILE}
+  %more_rows = icmp slt i64 %r_next, {TILE}
   br i1 %more_rows, label %unpack, label %multiply
 multiply:                                       ; the products count outputs from the first of all
   %before = mul i64 %tile_at, %row_bytes
   %back = sub i64 0, %before
   %weight = getelementptr i8, ptr %scratch, i64 %back
-  call void @{dot.BFLOAT16.name}_any(ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %tile, i64 %tile_end)
+  call void @{kinds.BFLOAT16.name}_any(ptr %x, ptr %weight, ptr %out, i64 %T, i64 %O, i64 %I, i64 %tile, i64 %tile_end)
   br label %next
 next:
   %more_tiles = icmp slt i64 %tile_next, %end
@@ -278,10 +279,10 @@ define internal i64 @{spelling.name}_setup(ptr %operands, ptr %frame) {{
   %I = call i64 @size(ptr %x_buffer, i64 1)
   %O = call i64 @size(ptr %code_buffer, i64 0)
   %out_bytes = mul i64 %O, 4
-  %T = call i64 @{dot.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
+  %T = call i64 @{kinds.BFLOAT16.name}_rows(ptr %x, ptr %out, i64 %T_all, i64 %I, i64 %out_bytes)
   %C = call i64 @size(ptr %code_buffer, i64 1)
   %G = call i64 @size(ptr %scale_buffer, i64 1)
-{dot.shares(dot.BFLOAT16, dot.TILE, "%O", has_tiles=False)}
+{dot.shares(kinds.BFLOAT16, TILE, "%O", has_tiles=False)}
 {stored(WORDS)}
   ret i64 %chunks
 }}

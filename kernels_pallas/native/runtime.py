@@ -13,6 +13,7 @@ Invariant: a context is freed by the last who holds it, never while a helper may
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 OPERANDS = 16       # 8-byte words that a kernel keeps in its context
@@ -81,6 +82,28 @@ def stored(words: list[tuple[str, str]]) -> str:
         f"  %{name}_to = getelementptr i64, ptr %operands, i64 {index}\n  store {kind} %{name}, ptr %{name}_to"
         for index, (name, kind) in enumerate(words)
     )
+
+
+def arguments(names: Sequence[str]) -> str:
+    """IR of %NAME_buffer and %NAME, where its data are, of the frame's arguments in order."""
+    return "\n".join(
+        f"  %{name}_buffer = call ptr @buffer(ptr %frame, i64 {ARGUMENT_TABLE}, i64 {index})\n"
+        f"  %{name} = call ptr @data(ptr %{name}_buffer)" for index, name in enumerate(names)
+    )
+
+
+def of_thread(name: str, begin: str = "", end: str = "") -> str:
+    """IR of @NAME_begin and @NAME_end of a kernel whose threads keep no memory of their own, but may do something."""
+    return f"""
+define internal ptr @{name}_begin(ptr %operands) {{
+{begin}
+  ret ptr null
+}}
+define internal void @{name}_end(ptr %operands, ptr %own) {{
+{end}
+  ret void
+}}
+"""
 
 
 def joined(parts: list[str]) -> str:

@@ -87,7 +87,7 @@ def multiply(kind: TileKind, sums: int, first: int, second: int) -> str:
     return f"  call void @llvm.x86.{kind.multiply}(i8 {sums}, i8 {first}, i8 {second})"
 
 
-def rounded(i: str, register: str) -> str:
+def _rounded(i: str, register: str) -> str:
     """IR that stores float32 `register` (of type <16 x i32>) at %toI as bfloat16."""
     return (
         f"  %long{i} = bitcast <16 x i32> {register} to <16 x float>\n"
@@ -138,22 +138,20 @@ entry:
 def _store(*, rounds: bool) -> str:
     """@tile_store(sums, out, T, bytes of a result's row, first token, byte in it): 16 outputs of up to 16 tokens.
 
-    The other form rounds float32 to bfloat16.
-
-    Tokens past the last hold what the last holds, and are stored there first.
+    @tile_store_rounded rounds float32 to bfloat16. Tokens past the last hold what the last holds.
     """
     loads = joined([
         f"  %at{r} = getelementptr i8, ptr %sums, i64 {STEP_BYTES * r}\n"
         f"  %of{r} = load <16 x i32>, ptr %at{r}, align 64" for r in range(SIDE)
     ])
     lines, turned = transposed([f"%of{r}" for r in range(SIDE)])
-    stores = joined([
+    stores = joined([       # from the last on: where tokens past it are stored, it is stored after them
         f"  %token{t}_far = add i64 %token, {t}\n"
         f"  %token{t} = call i64 @llvm.smin.i64(i64 %token{t}_far, i64 %last)\n"
         f"  %row{t} = mul i64 %token{t}, %out_bytes\n"
         f"  %byte{t} = add i64 %row{t}, %byte\n"
         f"  %to{t} = getelementptr i8, ptr %out, i64 %byte{t}\n"
-        + (rounded(str(t), turned[t]) if rounds else f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4")
+        + (_rounded(str(t), turned[t]) if rounds else f"  store <16 x i32> {turned[t]}, ptr %to{t}, align 4")
         for t in reversed(range(LANES))
     ])
     return f"""
