@@ -134,8 +134,8 @@ def packed_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
     if x_TI.dtype != jnp.bfloat16:
         found.append(f"rows must be bfloat16, got {x_TI.dtype}")
     if outs < lane_blocks.TILE or ins % step or weight.group_size % step:
-        found.append(f"{outs} outputs of {ins} inputs in groups of {weight.group_size}: needs {lane_blocks.TILE} outputs, "
-                     f"and groups of multiples of {step}")
+        found.append(f"{outs} outputs of {ins} inputs in groups of {weight.group_size}: needs {lane_blocks.TILE} "
+                     f"outputs, and groups of multiples of {step}")
     if _variant(weight) not in packed.VARIANTS:
         found.append(f"{weight.code} with scales of {weight.scale_OG.dtype} is not built")
     return found
