@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"       # before anything imports jax
@@ -130,11 +132,22 @@ class Server:
             return 0
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """The first of `count` ports in a row that nobody uses now.
+
+    Below the range from which the system takes a connection's own port: one of those may be gone before a server
+    listens on it, and a port beside one that the system has just given is often the next that it gives.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, first - count)
+        with ExitStack() as stack:
+            try:
+                for number in range(port, port + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", number))
+            except OSError:
+                continue
+        return port
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def start_pair(serve, tiny_llama) -> Callable[..., Pair]:
     ) -> Pair:
         shared = (
             "--model", str(model), *sizes, "--enforce-eager", "--tensor-parallel-size", "4", "--nnodes", "2",
-            "--master-port", str(port or free_port()), *flags,
+            "--master-port", str(port or free_port(2)), *flags,
         )
         leader = serve(*shared, wait=False, environment=ENVIRONMENT)
         follower = serve(*shared, "--node-rank", "1", wait=False, environment=ENVIRONMENT)
@@ -71,7 +71,7 @@ def test_two_processes_answer_as_one_and_stop_together(serve, start_pair, tiny_l
     one = serve("--model", str(tiny_llama), *SMALL, "--enforce-eager")
     expected = answers(one.url)
     one.stop()
-    port = free_port()
+    port = free_port(2)
     leader, follower = start_pair(port=port)
     assert "4 x cpu on 2 machines" in leader.log()
     assert listening(port) == {"127.0.0.1"}, "jax's coordinator is on --master-addr only"
@@ -233,7 +233,7 @@ def test_a_leader_that_dies_while_starting_ends_the_follower(start_pair, delay_s
 @pytest.mark.slow
 def test_what_differs_is_named_and_nobody_serves(serve, tiny_llama):
     shared = ("--model", str(tiny_llama), "--tensor-parallel-size", "2", "--nnodes", "2", "--master-port",
-              str(free_port()))
+              str(free_port(2)))
     leader = serve(*shared, "--max-num-seqs", "4", wait=False, environment=ENVIRONMENT)
     follower = serve(*shared, "--max-num-seqs", "8", "--node-rank", "1", wait=False, environment=ENVIRONMENT)
     assert leader.wait_exit(60) == 1 and follower.wait_exit(NOTICED_S_MAX) != 0
