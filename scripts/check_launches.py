@@ -3,8 +3,9 @@
     make kernels-check                                # after the engine's programs
     make kernels-check ARGS=--write                   # write the tables anew
 
-The engine's own programs with the Hopper kernels, 64 rows. Launches and bytes are read off the optimised HLO
-(`hlo_kernels`), so they say what is there to win and not how long anything takes. Fails on any figure that differs.
+The engine's own programs with the Hopper kernels, 64 rows: of layers the ones for steps of decodes only, and all
+launches of those with prefill beside them. Launches and bytes are read off the optimised HLO (`hlo_kernels`), so they
+say what is there to win and not how long anything takes. Fails on any figure that differs.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ PARTS = {
     "norms": r".*_norm/",
     "page write: bias, rope of keys": r".*attention\.write",
     "queries: bias, rope, rows of decodes": r".*attention\.(qkv|decode)",
-    "queries and outputs of prefill": r".*(attention\.prefill|attention/jit\(_where\))",
     "activation of the MLP": r".*/mlp/",
     "residual additions": r".*Block/add$",
     "constants": r".*",
 }
+ALL, ALL_MIXED = "all", "all, where a step has prefill, too"
 # Stages of sampling, the first that fits what stands in a program's, branch's or loop's scopes.
 LOGITS = "logits, state, whether finite"
 STAGES = {
@@ -60,7 +61,7 @@ def layer_table() -> Iterator[str]:
     """A row a part: launches of a layer, bytes read and written, and those as a share of the layer's weights."""
     counted = {name: _of_layers(name) for name in MODELS}
     yield from _head("part of a layer", "KiB", {name: weights for name, (_, weights) in counted.items()})
-    for part in PARTS:
+    for part in (*PARTS, ALL, ALL_MIXED):
         cells = [_cells(found.get(part, []), weights) for found, weights in counted.values()]
         yield f"| {part} | " + " | ".join(cells) + " |"
 
@@ -81,17 +82,18 @@ def _of_layers(name: str) -> tuple[dict[str, list[tuple[float, float]]], int]:
     """(launches, bytes) of one layer by part, and the bytes of its weights."""
     with engine(name, 1, "mosaic_gpu") as (setup, programs, compiler):
         tokens = min(size for size in setup.buckets.tokens if size >= ROWS)
-        program, layers = programs.forward(tokens)[1], len(programs.segments[0].layers)
-        text = compiler.build(program).as_text()
+        program, layers = programs.decode_layers(tokens)[0], len(programs.segments[0].layers)
+        text, mixed = (compiler.build(each).as_text() for each in (program, programs.forward(tokens)[1]))
         group = setup.spec.kv_groups[0]
         pool = f"[{setup.shape.groups[0].page_count},{group.kv_head_count},{setup.shape.page_size},{group.head_dim}]"
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0])) // layers
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {"products of weights": [(0, -weights)]}     # beside the weights
     for each in launches(text, pool):
         part = next(part for part, what in PARTS.items() if re.match(what, f"{each.kind} {each.scope}"))
         found.setdefault(part, []).append((1 / layers, (each.read + each.written) / layers))
-    products = found["products of weights"]
-    found["products of weights"] = [*products, (0, -weights)]      # beside the weights themselves
+    found[ALL] = [each for of_part in found.values() for each in of_part]
+    of_mixed = [(1 / layers, (each.read + each.written) / layers) for each in launches(mixed, pool)]
+    found[ALL_MIXED] = [*of_mixed, (0, -weights)]
     return found, weights
 
 

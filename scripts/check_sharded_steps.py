@@ -92,7 +92,7 @@ def engine(name: str, devices: int, backend: str) -> Iterator[tuple[RunnerSetup,
 
 
 def rows(name: str, devices: int, backend: str) -> Iterator[str]:
-    """A decode step and one of many tokens: embedding, each kind of segment, final norm; sampling."""
+    """A step of decodes only and one of many tokens: embedding, each kind of segment, final norm; sampling."""
     spec = spec_from_config((MODELS | LATENT | CUT)[name])
     with engine(name, devices, backend) as (setup, programs, compiler):
         firsts = {
@@ -101,17 +101,20 @@ def rows(name: str, devices: int, backend: str) -> Iterator[str]:
         group = spec.kv_groups[0]
         heads = max(1, group.kv_head_count // devices)
         expected = Expected(
-            kernels=len(KERNELS) if backend == "mosaic_gpu" else 0,
+            kernels=len(KERNELS["prefill"]) if backend == "mosaic_gpu" else 0,
             expert_kernels=2 if setup.experts == "triton" else 0, sums=2 if devices > 1 else 0,
             cache=setup.memory.pool_bytes // len(spec.layers),
             page=f"[{setup.shape.groups[0].page_count},{heads},{setup.shape.page_size},{group.head_dim}]",
         )
-        decode = min(size for size in setup.buckets.tokens if size >= ROWS // 2)
-        for tokens in (decode, setup.buckets.tokens_max):
+        decode = min(size for size in setup.decode_tokens if size >= ROWS // 2)
+        of_decode = dataclasses.replace(expected, kernels=len(KERNELS["decode"]) if expected.kernels else 0)
+        for tokens, of_layers in ((decode, of_decode), (setup.buckets.tokens_max, expected)):
             begin, *between, finish = programs.forward(tokens)
+            if tokens == decode:
+                between = list(programs.decode_layers(tokens))
             yield _row(name, "begin", tokens, (), expected, compiler.build(begin))
             for layers, program in zip((firsts[kind] for kind in range(len(firsts))), between, strict=True):
-                yield _row(name, "layers", tokens, layers, expected, compiler.build(program))
+                yield _row(name, "layers", tokens, layers, of_layers, compiler.build(program))
             yield _row(name, "finish", tokens, (), expected, compiler.build(finish))
         yield _row(name, "sample", ROWS, (), expected, compiler.build(programs.sample(ROWS)))
 

@@ -94,6 +94,11 @@ class StepPlan:
         return int(self.token_T.shape[0])
 
     @property
+    def is_all_decodes(self) -> bool:
+        """One new token of each row and no draft to verify: nothing that is attended to as a prompt is."""
+        return 0 < self.decode_count == self.row_A.shape[0]
+
+    @property
     def sample_count(self) -> int:
         drafted = 0 if self.draft_A is None else int(self.draft_A.sum())
         return int(self.samples_A.sum()) + drafted

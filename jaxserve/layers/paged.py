@@ -32,6 +32,7 @@ def attend(
     sink_N: Array | None = None,
     value_dim: int | None = None,
     implementation: str | None = None,
+    has_prefill: bool = True,
 ) -> tuple[Array, LayerKv]:
     """Attention output of every token (zero for padding) and the layer's pages with the step's tokens in them.
 
@@ -44,6 +45,8 @@ def attend(
       implementation: who attends, see `kernels_pallas.paged_decode`; a model is built with
         `functools.partial(attend, implementation=...)` for another one, and refused with reasons where that cannot.
         Pages are written by XLA, and by Triton beside Triton's attention where they hold neither codes nor latents.
+      has_prefill: False where every step is decodes only, one token an entry; then that section is not even traced,
+        and of the work only the decodes' part is read. Decodes get the same bits.
     """
     page_RM = context.page_RM[group]
     window = span.size if isinstance(span, SlidingWindow) else None
@@ -59,14 +62,15 @@ def attend(
         v_PKSH = write(layer_kv.v_PKSH, v_TKH) if has_values else None
     q_TNH = q_TNH.astype(k_TKH.dtype)
     sections = []
-    for name, section in (("decode", paged_decode), ("prefill", paged_prefill)):
+    for name, section in (("decode", paged_decode), ("prefill", paged_prefill))[: 2 if has_prefill else 1]:
         with jax.named_scope(f"attention.{name}"):
             sections.append(section(
                 q_TNH, k_PKSH, v_PKSH, page_RM, context.work,
                 scale=scale, window=window, soft_cap=soft_cap, sink_N=sink_N, value_dim=value_dim,
                 implementation=implementation,
             ))
-    decoded_TNH, prefilled_TNH = sections
-    is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < context.work.decode_count
-    out_TNH = jnp.where(is_decode_T[:, None, None], decoded_TNH, prefilled_TNH)
+    out_TNH = sections[0]       # zero for what is no decode
+    if has_prefill:
+        is_decode_T = jnp.arange(q_TNH.shape[0], dtype=jnp.int32) < context.work.decode_count
+        out_TNH = jnp.where(is_decode_T[:, None, None], out_TNH, sections[1])
     return out_TNH, LayerKv(k_PKSH=k_PKSH, v_PKSH=v_PKSH)

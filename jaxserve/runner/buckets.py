@@ -88,6 +88,11 @@ class Buckets:
     def rows_max(self) -> int:
         return self.rows[-1]
 
+    def of_decodes(self, row_count: int) -> tuple[int, ...]:
+        """The T that a step of one token a row may get."""
+        largest = holder(self.tokens, min(row_count, self.tokens_max))
+        return tuple(size for size in self.tokens if size <= largest)
+
     def serving(self, *, whole_prompts: bool) -> Buckets:
         """The one bucket of each kind that can serve any request, however slowly.
 

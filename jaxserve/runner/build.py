@@ -2,7 +2,8 @@
 
 Knows names and order of programs, not what they compute. *Serving* is: one bucket of each kind is there. *Ready* is:
 all are, and from then on a compilation anywhere in the process is counted as a fault.
-Invariant: the bucket tuples only grow, and a bucket is listed only once all its programs are there.
+Invariant: the bucket tuples only grow, and a bucket is listed only once all its programs are there. A forward without
+prefill is no condition of that: until it is there, the bucket's other one serves the same steps.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from jaxserve.core.errors import EngineError
 from jaxserve.core.progress import NoProgress, ProgressPort
@@ -36,7 +38,9 @@ class ProgramBuilder:
         self._setup, self._programs, self._draft = setup, programs, draft
         self.compiler = Compiler(setup.store, setup.devices)
         self.forward: dict[int, StepForward] = {}
+        self.decode_forward: dict[int, StepForward] = {}     # for steps of decodes only
         self._forward_parts: dict[int, dict[int, Executable]] = {}      # by T bucket, in the order of the programs
+        self._decode_parts: dict[int, dict[int, Executable]] = {}       # the same of the layers without prefill
         self.score: dict[int, Executable] = {}
         self.sample: dict[int, Executable] = {}
         self.clear: dict[int, Executable] = {}       # by KV group
@@ -68,7 +72,7 @@ class ProgramBuilder:
     def executables(self) -> list[Executable]:
         """Every program so far."""
         with self._lock:
-            parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
+            parts = self._parts()
             places = [self.score, self.sample, self.clear, self._single]
             if self._draft is not None:
                 places += [self._draft.follow, self._draft.write, self._draft.single]
@@ -78,11 +82,15 @@ class ProgramBuilder:
     def temporary_bytes(self) -> int:
         """The most scratch memory that any program so far takes while it runs."""
         with self._lock:
-            parts = [part for of_bucket in self._forward_parts.values() for part in of_bucket.values()]
-            built = [*parts, *self.sample.values(), *self.score.values()]
+            built = [*self._parts(), *self.sample.values(), *self.score.values()]
             if self._draft is not None:
                 built += [*self._draft.follow.values(), *self._draft.write.values()]
         return max((temporary_bytes(executable) for executable in built), default=0)
+
+    def _parts(self) -> list[Executable]:
+        """What forwards are made of."""
+        buckets = (*self._forward_parts.values(), *self._decode_parts.values())
+        return [part for of_bucket in buckets for part in of_bucket.values()]
 
     def build_serving_set(self, progress: ProgressPort) -> None:
         """Everything without buckets, and one bucket of each kind."""
@@ -99,7 +107,7 @@ class ProgramBuilder:
             self._run(jobs, advance, threads=os.cpu_count() or 1)
 
     def build_rest(self, progress: ProgressPort | None, on_ready: Callable[[], None] | None) -> None:
-        """Starts the background thread that builds every other bucket."""
+        """Starts the background thread that builds every other bucket, and what is without prefill."""
         assert self._thread is None, "called once"
         self._thread = threading.Thread(
             target=self._build_rest, args=(progress or NoProgress(), on_ready), name="compile-rest", daemon=True
@@ -125,6 +133,7 @@ class ProgramBuilder:
     def _build_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None) -> None:
         buckets = self._setup.buckets
         jobs = self._jobs(_missing(buckets.tokens, self.token_buckets), _missing(buckets.rows, self.row_buckets))
+        jobs += self._decode_jobs()     # last: a missing bucket costs more than an empty section
         try:
             with progress.task("compiling the rest", len(jobs), "programs") as advance:
                 self._run(jobs, advance, threads=max(1, (os.cpu_count() or 1) // 2))
@@ -157,6 +166,14 @@ class ProgramBuilder:
             jobs += [(self._draft.write, size, self._draft.write_program(size)) for size in sorted(writing)]
         return jobs
 
+    def _decode_jobs(self) -> list[Job]:
+        self._decode_parts = {size: {} for size in self._setup.decode_tokens}
+        return [
+            (parts, kind, program)
+            for size, parts in self._decode_parts.items()
+            for kind, program in enumerate(self._programs.decode_layers(size))
+        ]
+
     def _run(self, jobs: list[Job], advance: Callable[[int], None], *, threads: int) -> None:
         def build(job: Job) -> None:
             if self._closing.is_set():
@@ -188,6 +205,10 @@ class ProgramBuilder:
             if size not in self.forward and len(parts) == kind_count + 2:
                 begin, *kinds, finish = (parts[place] for place in range(len(parts)))
                 self.forward[size] = StepForward(begin, tuple(kinds), finish, segments)
+        for size, parts in self._decode_parts.items():
+            if size in self.forward and size not in self.decode_forward and len(parts) == kind_count:
+                kinds = [parts[kind] for kind in range(kind_count)]
+                self.decode_forward[size] = replace(self.forward[size], run_layers=tuple(kinds))
 
 
 def _missing(wanted: tuple[int, ...], there: tuple[int, ...]) -> tuple[int, ...]:

@@ -47,9 +47,7 @@ class DraftModel(ProgramSet):
         self.follow: dict[int, Executable] = {}
         self.write: dict[int, Executable] = {}
         self.single: dict[int, Executable] = {}
-        buckets, shape = setup.buckets.tokens, setup.shape
-        largest = holder(buckets, min(shape.row_count, buckets[-1]))
-        self.write_buckets = tuple(size for size in buckets if size <= largest)
+        self.write_buckets = setup.buckets.of_decodes(setup.shape.row_count)
 
     # Programs.
 
@@ -64,12 +62,13 @@ class DraftModel(ProgramSet):
         )
 
     def write_program(self, tokens: int) -> Program:
-        """Drafts for at most `tokens` rows."""
+        """Drafts for at most `tokens` rows. Its steps are decodes, so it needs no prefill wherever it runs."""
         layout, count = self.layout(tokens), self._tokens_max + 1
         return self._program(
             f"draft_write_T{tokens}",
             functools.partial(
-                write_drafts, model=self._model, tree=self._tree, layout=layout, vocab_size=self._setup.shape.vocab_size
+                write_drafts, model=self._decode_model, tree=self._tree, layout=layout,
+                vocab_size=self._setup.shape.vocab_size,
             ),
             (self._abstract(self._flat), self._kv, self._tables, self._array(count, layout.size)),
             (self._kv, 0), donated=(1,), closes_over=(layout, count, self._setup.shape.vocab_size),

@@ -1,7 +1,8 @@
 """The programs of a runner: each pure function with its abstract arguments, donations and placements.
 
-Knows shapes; compiles nothing. Four kinds: forward (begin, the kinds of segments and finish, for each T bucket), sample
-(a B bucket each), score (a T bucket each), and the ones without buckets: reset, admit, admit_slot, clear.
+Knows shapes; compiles nothing. Four kinds: forward (begin, the kinds of segments and finish, for each T bucket, and
+where asked for the kinds of segments without prefill), sample (a B bucket each), score (a T bucket each), and the ones
+without buckets: reset, admit, admit_slot, clear.
 On several devices each function is what one device does (`shard_map`).
 Invariant: what depends on T does not depend on B, so the programs of every step are |T buckets| + |B buckets|.
 """
@@ -42,6 +43,7 @@ class ProgramSet:
         self._setup = setup
         attend = functools.partial(paged.attend, implementation=setup.attention)
         self._model = Decoder(spec=setup.spec, dtype=setup.dtype, attend=attend, experts=setup.experts)
+        self._decode_model = self._model.clone(attend=functools.partial(attend, has_prefill=False))
         params = multiplied_by(self._abstract(params), setup.products)
         self.segments = cut(setup.spec, params)
         self._leaves, self._tree = leaves_of(params, self.segments), jax.tree.structure(params)
@@ -75,11 +77,17 @@ class ProgramSet:
     def forward(self, tokens: int) -> tuple[Program, ...]:
         """A step of at most `tokens` tokens: begin, the layers of each kind of segment, finish."""
         begun = self._begun(tokens)
-        kinds = {segment.kind: segment for segment in reversed(self.segments)}     # the first of each kind
-        return (
-            self._begin(tokens, begun),
-            *(self._layers(tokens, begun, kinds[kind].layers) for kind in range(len(kinds))),
-            self._finish(tokens, begun),
+        return self._begin(tokens, begun), *self._kinds(tokens, begun), self._finish(tokens, begun)
+
+    def decode_layers(self, tokens: int) -> tuple[Program, ...]:
+        """The layers of `forward` for steps of decodes only: between the same begin and finish, without prefill."""
+        return self._kinds(tokens, self._begun(tokens), has_prefill=False)
+
+    def _kinds(self, tokens: int, begun: Begun, *, has_prefill: bool = True) -> tuple[Program, ...]:
+        """The layers of each kind of segment."""
+        firsts = {segment.kind: segment for segment in reversed(self.segments)}     # the first of each kind
+        return tuple(
+            self._layers(tokens, begun, firsts[kind].layers, has_prefill=has_prefill) for kind in range(len(firsts))
         )
 
     def _begin(self, tokens: int, begun: Begun) -> Program:
@@ -102,18 +110,19 @@ class ProgramSet:
         )
         return self._placed(jax.eval_shape(function, *self._begin_arguments(tokens)))
 
-    def _layers(self, tokens: int, begun: Begun, layers: range) -> Program:
+    def _layers(self, tokens: int, begun: Begun, layers: range, *, has_prefill: bool) -> Program:
         trees = [self._layer_trees[index] for index in layers]
         leaves = next(
             leaves for leaves, segment in zip(self._leaves.segments, self.segments, strict=True)
             if segment.layers == layers
         )
         kv = self._kv[layers.start : layers.stop]
+        model = self._model if has_prefill else self._decode_model
         return self._program(
-            f"forward_T{tokens}_layers{layers.start}",
-            functools.partial(_on_trees, run_layers, trees, model=self._model, layers=layers),
+            f"forward_T{tokens}_{'' if has_prefill else 'decode_'}layers{layers.start}",
+            functools.partial(_on_trees, run_layers, trees, model=model, layers=layers),
             (leaves, begun.x_TD, begun.turns, begun.context, kv), (begun.x_TD, kv),
-            donated=(1, 4), closes_over=(layers, self.layout(tokens)),
+            donated=(1, 4), closes_over=(layers, self.layout(tokens), has_prefill),
         )
 
     def _finish(self, tokens: int, begun: Begun) -> Program:

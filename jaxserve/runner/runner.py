@@ -243,8 +243,10 @@ class Runner:
             self._draft.follow_plan(
                 plan, tokens, packed, state.page_RM, state.rows.last_token_R, state.rows.settings.is_long_R
             )
+        built = self._builder
+        without_prefill = built.decode_forward.get(tokens) if plan.is_all_decodes else None
         # A numpy argument is transferred by the call itself, in a third of the time that device_put takes.
-        forward = self._builder.forward[tokens](
+        forward = (without_prefill or built.forward[tokens])(
             self._leaves, state.kv, state.page_RM, state.rows.last_token_R, state.rows.settings.is_long_R, packed
         )
         state.kv, state.page_RM = forward.kv, forward.page_RM

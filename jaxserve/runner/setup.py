@@ -39,6 +39,7 @@ class RunnerSetup:
     kv_codes: dtype of the codes of an 8-bit KV cache; None: keys and values as they are.
     attention: who attends (`kernels_pallas`); None: the first that serves of those that need not be named.
     products: who multiplies packed weights (`kernels_pallas`); None: as of attention.
+    decodes_apart: steps of decodes only have programs without prefill, once these are compiled.
     store: where compiled programs outlive the process, if anywhere.
     """
 
@@ -55,7 +56,13 @@ class RunnerSetup:
     kv_codes: str | None = None
     attention: str | None = None
     products: str | None = None
+    decodes_apart: bool = False
     store: ExecutableStore | None = None
+
+    @property
+    def decode_tokens(self) -> tuple[int, ...]:
+        """Token buckets that have programs for steps of decodes only, too."""
+        return self.buckets.of_decodes(self.shape.row_count) if self.decodes_apart else ()
 
     @property
     def replicated(self) -> jax.sharding.Sharding:

@@ -223,6 +223,8 @@ def _setup(
         whole_prompts=not config.scheduler.enable_chunked_prefill, samples_max=samples_max, draft=draft,
         store=store, kv_codes=_kv_codes(config, dtype, draft, is_cpu=is_cpu),
         attention=None if backend == "auto" else backend, products=None if products == "auto" else products,
+        # On a CPU an empty section is a loop of no turns; on a GPU it is launches, and XLA's loops wait for the host.
+        decodes_apart=not (is_cpu or config.compilation.enforce_eager),
     )
 
 
@@ -272,6 +274,8 @@ def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> i
     programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
     tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max
     largest = (*programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
+    for size in setup.decode_tokens[-1:]:
+        largest += programs.decode_layers(size)
     if setup.draft is not None:
         drafting = DraftModel(setup, setup.draft.spec, draft_params, setup.draft.tokens_max)
         largest += (drafting.follow_program(tokens), drafting.write_program(drafting.write_buckets[-1]))

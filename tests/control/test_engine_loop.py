@@ -19,6 +19,7 @@ def test_plan_is_made_before_the_tokens_of_the_step_in_flight_are_known() -> Non
     prefill, *decodes = harness.runner.plans
     assert prefill.decode_count == 0 and prefill.count_A.tolist() == [5] and not prefill.from_row_A[0]
     assert len(decodes) == 3 and all(plan.decode_count == 1 and plan.from_row_A.all() for plan in decodes)
+    assert [plan.is_all_decodes for plan in harness.runner.plans] == [False, True, True, True]
     assert [int(plan.start_A[0]) for plan in decodes] == [5, 6, 7]
 
 

@@ -19,9 +19,9 @@ N, K, H, S, R, M = 4, 2, 16, 16, 6, 8
 P = R * M
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "span"), donate_argnames="kv")
-def run(q, k, v, kv, context, *, scale, span):
-    return attend(q, k, v, kv, context, 0, scale=scale, span=span)
+@functools.partial(jax.jit, static_argnames=("scale", "span", "has_prefill"), donate_argnames="kv")
+def run(q, k, v, kv, context, *, scale, span, has_prefill=True):
+    return attend(q, k, v, kv, context, 0, scale=scale, span=span, has_prefill=has_prefill)
 
 
 class Pool:
@@ -34,7 +34,7 @@ class Pool:
         self.kv = LayerKv(k_PKSH=pages, v_PKSH=pages + 0)
         self.page_RM = jnp.asarray(np.random.default_rng(1).permutation(P).reshape(R, M), jnp.int32)
 
-    def step(self, entries, decode_count, qkv_of, tokens=96):
+    def step(self, entries, decode_count, qkv_of, tokens=96, *, has_prefill=True):
         """`entries` are (row, start, count); returns each entry's output."""
         row, start, count = (np.array(column, np.int32) for column in zip(*entries, strict=True))
         total = int(count.sum())
@@ -54,7 +54,9 @@ class Pool:
             position_T=jnp.asarray(position_T), row_T=jnp.asarray(row_T), page_RM=(self.page_RM,),
             work=AttentionWork.from_arrays({name: jnp.asarray(value) for name, value in planned.items()}),
         )
-        out, self.kv = run(*packed, self.kv, context, scale=H**-0.5, span=self.span)
+        out, self.kv = run(
+            *packed, self.kv, context, scale=H**-0.5, span=self.span, has_prefill=has_prefill
+        )
         out = np.asarray(out.astype(jnp.float32))
         assert (out[total:] == 0).all()
         return np.split(out[:total], np.cumsum(count)[:-1])
@@ -99,6 +101,20 @@ def test_chunks_and_decodes_equal_dense_attention(window):
             found[row].append(out)
     for row, (q, k, v) in qkv.items():
         np.testing.assert_allclose(np.concatenate(found[row]), dense(q, k, v, window), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_without_prefill_decodes_get_the_same_bits_and_padding_is_zero(dtype):
+    qkv = sequences({0: 70, 3: 50, 5: 40})
+    pools = Pool(dtype), Pool(dtype)
+    for pool in pools:
+        pool.step([(3, 0, 49), (0, 0, 40)], 0, qkv)
+        pool.step([(0, 40, 29), (5, 0, 39)], 0, qkv)
+    entries = [(5, 39, 1), (0, 69, 1), (3, 49, 1)]
+    whole, without = (pool.step(entries, 3, qkv, has_prefill=pool is pools[0]) for pool in pools)
+    np.testing.assert_array_equal(whole, without)
+    for pages, others in zip(*(pool.kv for pool in pools), strict=True):
+        assert np.asarray(pages).tobytes() == np.asarray(others).tobytes()
 
 
 def test_bfloat16_pages_hold_and_serve():
