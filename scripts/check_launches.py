@@ -37,16 +37,14 @@ PARTS = {
     "residual additions": r".*Block/add$",
     "constants": r".*",
 }
-# Stages of sampling, the first that fits what stands in a program's, branch's or loop's scopes.
+# Stages of sampling, the first that fits what stands in a program's or branch's scopes.
 LOGITS = "logits, state, whether finite"
 STAGES = {
     LOGITS: r"Decoder\.logits",
     "all rows greedy: first maximum": r"^conditional 0 \S+ region[^ ]* (?!.*(sample\.|conditional))",
     "logprobs, where a row wants some": r"sample\.logprobs",
-    "top-k, a turn": r"while \d \S*top_k",
-    "top-k, before and after": r"top_k",
-    "top-p, a turn": r"while \d \S*top_p",
-    "top-p, before and after": r"top_p",
+    "top-k": r"top_k",
+    "top-p": r"top_p",
     "min-p": r"min_p",
     "masks and penalties, where a row wants some": r"conditional 0 \S*sample\.shape/cond ",
     "the same, where none does": r"conditional 1 \S*sample\.shape/cond ",
