@@ -111,6 +111,8 @@ def _of_sampling(name: str) -> tuple[dict[str, tuple[int, int]], int]:
         program = programs.sample(ROWS)
         text = compiler.build(program).as_text()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0]))
+    if " while(" in text:
+        raise RuntimeError(f"{name}: sampling has a loop, and is no longer one command buffer")
     by_path: dict[tuple[str, ...], list[Launch]] = {}
     for each in launches(text):
         by_path.setdefault(each.path, []).append(each)

@@ -87,8 +87,7 @@ def _by_digits(x_BWS: Array, target_B: Array, measured: Measured) -> Array:
 
     Four bits a pass: a pass costs two operations a cut and entry, which at fifteen cuts takes an H200 about as long as
     reading the entry. Three bits need 11 passes instead of 8, five save one pass and double what each computes. Passes
-    are unrolled: the same kernels serve all, and XLA can record 8 passes as one command buffer, where a loop's body is
-    recorded turn by turn, with launches for its counter.
+    are unrolled: the same kernels serve all, and without a loop XLA makes the whole of sampling one command buffer.
     """
     # The barrier: of branches that reduce and compare only, XLA makes a selection, which computes both always.
     low_B = lax.optimization_barrier(jnp.full(target_B.shape, _offset(_LOWEST), jnp.uint32))
