@@ -38,16 +38,14 @@ PARTS = {
     "constants": r".*",
 }
 ALL, ALL_MIXED = "all", "all, where a step has prefill, too"
-# Stages of sampling, the first that fits what stands in a program's, branch's or loop's scopes.
+# Stages of sampling, the first that fits what stands in a program's or branch's scopes.
 LOGITS = "logits, state, whether finite"
 STAGES = {
     LOGITS: r"Decoder\.logits",
     "all rows greedy: first maximum": r"^conditional 0 \S+ region[^ ]* (?!.*(sample\.|conditional))",
     "logprobs, where a row wants some": r"sample\.logprobs",
-    "top-k, a turn": r"while \d \S*top_k",
-    "top-k, before and after": r"top_k",
-    "top-p, a turn": r"while \d \S*top_p",
-    "top-p, before and after": r"top_p",
+    "top-k": r"top_k",
+    "top-p": r"top_p",
     "min-p": r"min_p",
     "masks and penalties, where a row wants some": r"conditional 0 \S*sample\.shape/cond ",
     "the same, where none does": r"conditional 1 \S*sample\.shape/cond ",
@@ -115,6 +113,8 @@ def _of_sampling(name: str) -> tuple[dict[str, tuple[int, int]], int]:
         program = programs.sample(ROWS)
         text = compiler.build(program).as_text()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0]))
+    if " while(" in text:
+        raise RuntimeError(f"{name}: sampling has a loop, and is no longer one command buffer")
     by_path: dict[tuple[str, ...], list[Launch]] = {}
     for each in launches(text):
         by_path.setdefault(each.path, []).append(each)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxserve.runner.row_state import NO_STOP, RowSettings, RowState
-from jaxserve.runner.vocab import kth_largest, least_of_mass, probabilities, row_max, row_min
+from jaxserve.runner.threshold import kth_largest, least_of_mass
+from jaxserve.runner.vocab import probabilities, row_max, row_min
 
 
 def gather_settings(rows: RowState, row_B: Array) -> RowSettings:
@@ -129,8 +130,7 @@ def _least_kept(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> 
         has_min_p_B.any(), lambda: _least_of_min_p(tempered(), settings.min_p_R, has_min_p_B), lambda: nothing_B
     )
     by_top_k_B = lax.cond(
-        has_top_k_B.any(), lambda: _least_of_top_k(_from(tempered(), by_min_p_B), settings.top_k_R, has_top_k_B),
-        lambda: nothing_B,
+        has_top_k_B.any(), lambda: _least_of_top_k(logits_BV, settings, is_greedy_B, has_top_k_B), lambda: nothing_B
     )
     least_B = jnp.maximum(by_min_p_B, by_top_k_B)
     by_top_p_B = lax.cond(
@@ -145,7 +145,11 @@ def _has_top_k(settings: RowSettings, vocab_size: int) -> Array:
 
 
 def _tempered(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> Array:
-    return logits_BV / jnp.where(is_greedy_B, 1, settings.temperature_R)[:, None]
+    return logits_BV / _divisor(settings, is_greedy_B)[:, None]
+
+
+def _divisor(settings: RowSettings, is_greedy_B: Array) -> Array:
+    return jnp.where(is_greedy_B, 1, settings.temperature_R)
 
 
 def _from(logits_BV: Array, least_B: Array) -> Array:
@@ -164,10 +168,11 @@ def _least_of_min_p(logits_BV: Array, min_p_B: Array, has_B: Array) -> Array:
         return jnp.where(has_B, row_max(logits_BV) + jnp.log(min_p_B), -jnp.inf)
 
 
-def _least_of_top_k(logits_BV: Array, top_k_B: Array, has_B: Array) -> Array:
-    """The k likeliest tokens are kept."""
+def _least_of_top_k(logits_BV: Array, settings: RowSettings, is_greedy_B: Array, has_B: Array) -> Array:
+    """The k likeliest tokens are kept. What min-p drops need not be masked before: where it leaves fewer than k, the
+    k-th largest of all lies below its least."""
     with jax.named_scope("top_k"):
-        return kth_largest(logits_BV, jnp.where(has_B, top_k_B, 0))
+        return kth_largest(logits_BV, jnp.where(has_B, settings.top_k_R, 0), _divisor(settings, is_greedy_B))
 
 
 def _least_of_top_p(logits_BV: Array, top_p_B: Array, has_B: Array) -> Array:
