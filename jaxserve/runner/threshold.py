@@ -21,7 +21,7 @@ COUNT_PROBE = 16.0      # the k-th largest is first looked for this far below th
 ROUNDING = 1e-5         # sums of probabilities are exact to less than a tenth of this
 TURNS_MAX = 40          # halving ends 2^32 floats in 32 turns; the bound is for rows that hold NaN
 DIGIT = 4               # bits of the answer that a pass of a GPU settles, by 2^4 - 1 cuts
-GPU_BLOCK = 512         # neighbours that one warp adds up: more would need several, fewer more exchange between lanes
+GPU_BLOCK = 512         # neighbours that a warp adds up for a cut: more need several, fewer more exchange of lanes
 
 Measured = Callable[[Array, Array], Array]      # what entries measure where they are kept: (is_kept, x) -> float32
 
@@ -86,8 +86,9 @@ def _by_digits(x_BWS: Array, target_B: Array, measured: Measured) -> Array:
     are cuts that still reach the target. v is an entry, since the measure changes at entries only.
 
     Four bits a pass: a pass costs two operations a cut and entry, which at fifteen cuts takes an H200 about as long as
-    reading the entry. Three bits need 11 passes instead of 8, five save one pass and double what each computes. Passes
-    are unrolled: the same kernels serve all, and without a loop XLA makes the whole of sampling one command buffer.
+    reading the entry. Three bits need 11 passes instead of 8, five save one pass and double what each computes. One
+    reduction serves all cuts: neighbouring warps read the same block. Passes are unrolled: the same kernels serve all,
+    and without a loop XLA makes the whole of sampling one command buffer.
     """
     # The barrier: of branches that reduce and compare only, XLA makes a selection, which computes both always.
     low_B = lax.optimization_barrier(jnp.full(target_B.shape, _offset(_LOWEST), jnp.uint32))
@@ -95,17 +96,11 @@ def _by_digits(x_BWS: Array, target_B: Array, measured: Measured) -> Array:
         left_B = _offset(_HIGHEST) - low_B
         step_X = np.arange(1, 1 << DIGIT, dtype=np.uint32) << shift
         cut_BX = _unkey(_onset(low_B[:, None] + jnp.minimum(step_X, left_B[:, None])))
-        is_kept = (x_BWS >= cut_BX[:, place, None, None] for place in range(len(step_X)))
-        sums = _sums(_sums(tuple(measured(is_kept_BWS, x_BWS) for is_kept_BWS in is_kept)))
-        reached_B = sum(((sum_B >= target_B).astype(jnp.uint32) for sum_B in sums), jnp.zeros_like(low_B))
+        x_BW1S = x_BWS[:, :, None]
+        sum_BX = measured(x_BW1S >= cut_BX[:, None, :, None], x_BW1S).sum(-1).sum(1)
+        reached_B = (sum_BX >= target_B[:, None]).sum(-1, dtype=jnp.uint32)
         low_B += jnp.minimum(reached_B << shift, left_B)
     return jnp.where(target_B > 0, _unkey(_onset(low_B)), -jnp.inf)
-
-
-def _sums(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Each array's over its last axis: one reduction of all, so that XLA reads once what they are made of."""
-    zeros = (np.float32(0),) * len(arrays)
-    return tuple(lax.reduce(arrays, zeros, lambda x, y: tuple(map(lax.add, x, y)), (arrays[0].ndim - 1,)))
 
 
 class _Search(NamedTuple):
