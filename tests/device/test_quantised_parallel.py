@@ -90,6 +90,7 @@ def test_weights_packed_by_the_server_on_several_devices(name: str, asked: str, 
         assert asked == "fp8" or found[size]["tokens"] == found[1]["tokens"], size
 
 
+@pytest.mark.slow
 def test_mxfp4_experts_split_over_two_devices() -> None:
     found = measured_folder(FIXTURES / "families" / "gpt-oss-mxfp4", (1, 2))
     assert_alike(found)
