@@ -95,7 +95,7 @@ class StepPlan:
 
     @property
     def is_all_decodes(self) -> bool:
-        """One new token of each row and no draft to verify: nothing that is attended to as a prompt is."""
+        """Every entry is a decode: one token each, and nothing that is attended to as a prompt is."""
         return 0 < self.decode_count == self.row_A.shape[0]
 
     @property

@@ -132,9 +132,9 @@ class ProgramBuilder:
 
     def _build_rest(self, progress: ProgressPort, on_ready: Callable[[], None] | None) -> None:
         buckets = self._setup.buckets
-        jobs = self._jobs(_missing(buckets.tokens, self.token_buckets), _missing(buckets.rows, self.row_buckets))
-        jobs += self._decode_jobs()     # last: a missing bucket costs more than an empty section
         try:
+            jobs = self._jobs(_missing(buckets.tokens, self.token_buckets), _missing(buckets.rows, self.row_buckets))
+            jobs += self._decode_jobs()     # last: a missing bucket costs more than an empty section
             with progress.task("compiling the rest", len(jobs), "programs") as advance:
                 self._run(jobs, advance, threads=max(1, (os.cpu_count() or 1) // 2))
         except Exception as error:  # told to the engine's thread, which ends the process

@@ -4,7 +4,7 @@ Knows shapes; compiles nothing. Four kinds: forward (begin, the kinds of segment
 where asked for the kinds of segments without prefill), sample (a B bucket each), score (a T bucket each), and the ones
 without buckets: reset, admit, admit_slot, clear.
 On several devices each function is what one device does (`shard_map`).
-Invariant: what depends on T does not depend on B, so the programs of every step are |T buckets| + |B buckets|.
+Invariant: what depends on T does not depend on B, so the programs of all steps are a few a T bucket and one a B bucket.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class Runner:
         """Blocks until the smallest set of programs that can serve any request has run once.
 
         Args:
-          meet: several processes choose a step's bucket alike only where all have all; then it waits for the others.
+          meet: several processes choose a step's bucket and program alike only where all have all; it waits for the
+            others then.
         """
         self._builder.build_serving_set(progress)
         if meet is not None:

@@ -8,6 +8,8 @@ Invariant: a row's result depends on that row alone, and a token once at -inf st
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -107,14 +109,26 @@ def restrict(logits_BV: Array, settings: RowSettings) -> Array:
         is_restricted_B = ~is_greedy_B & (
             (settings.min_p_R > 0) | _has_top_k(settings, logits_BV.shape[1]) | (settings.top_p_R < 1)
         )
-        least_B = lax.cond(
-            is_restricted_B.any(), lambda: _least_kept(logits_BV, settings, is_greedy_B), lambda: _nothing(is_greedy_B)
+        least = lax.cond(
+            is_restricted_B.any(),
+            lambda: _least_kept(logits_BV, settings, is_greedy_B),
+            lambda: _Least(_nothing(is_greedy_B), _nothing(is_greedy_B)),
         )
-        return _from(_tempered(logits_BV, settings, is_greedy_B), least_B)
+        return _from(least, logits_BV, _tempered(logits_BV, settings, is_greedy_B))
 
 
-def _least_kept(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> Array:
-    """[B] the least tempered logit that min-p, top-k and top-p leave; -inf where they leave all.
+class _Least(NamedTuple):
+    """[B] each: what a token must reach to be kept; -inf keeps all.
+
+    Top-k's is a logit before temperature: it is an entry, and a quotient rounded in another place need not be one.
+    """
+
+    logit_B: Array
+    tempered_B: Array
+
+
+def _least_kept(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> _Least:
+    """What min-p, top-k and top-p leave.
 
     Branches give a number a row and make of the logits what they need: a branch that gave logits would copy them
     where it changes none, 64 x 151,936 float32 in 39 MB and as many out.
@@ -130,14 +144,15 @@ def _least_kept(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> 
         has_min_p_B.any(), lambda: _least_of_min_p(tempered(), settings.min_p_R, has_min_p_B), lambda: nothing_B
     )
     by_top_k_B = lax.cond(
-        has_top_k_B.any(), lambda: _least_of_top_k(logits_BV, settings, is_greedy_B, has_top_k_B), lambda: nothing_B
+        has_top_k_B.any(), lambda: _least_of_top_k(logits_BV, settings.top_k_R, has_top_k_B), lambda: nothing_B
     )
-    least_B = jnp.maximum(by_min_p_B, by_top_k_B)
+    before = _Least(by_top_k_B, by_min_p_B)
     by_top_p_B = lax.cond(
-        has_top_p_B.any(), lambda: _least_of_top_p(_from(tempered(), least_B), settings.top_p_R, has_top_p_B),
+        has_top_p_B.any(),
+        lambda: _least_of_top_p(_from(before, logits_BV, tempered()), settings.top_p_R, has_top_p_B),
         lambda: nothing_B,
     )
-    return jnp.maximum(least_B, by_top_p_B)
+    return _Least(by_top_k_B, jnp.maximum(by_min_p_B, by_top_p_B))
 
 
 def _has_top_k(settings: RowSettings, vocab_size: int) -> Array:
@@ -145,16 +160,13 @@ def _has_top_k(settings: RowSettings, vocab_size: int) -> Array:
 
 
 def _tempered(logits_BV: Array, settings: RowSettings, is_greedy_B: Array) -> Array:
-    return logits_BV / _divisor(settings, is_greedy_B)[:, None]
+    return logits_BV / jnp.where(is_greedy_B, 1, settings.temperature_R)[:, None]
 
 
-def _divisor(settings: RowSettings, is_greedy_B: Array) -> Array:
-    return jnp.where(is_greedy_B, 1, settings.temperature_R)
-
-
-def _from(logits_BV: Array, least_B: Array) -> Array:
-    """What is below its row's least becomes -inf."""
-    return jnp.where(logits_BV < least_B[:, None], -jnp.inf, logits_BV)
+def _from(least: _Least, logits_BV: Array, tempered_BV: Array) -> Array:
+    """Tempered logits; what does not reach its row's least becomes -inf."""
+    is_dropped_BV = (logits_BV < least.logit_B[:, None]) | (tempered_BV < least.tempered_B[:, None])
+    return jnp.where(is_dropped_BV, -jnp.inf, tempered_BV)
 
 
 def _nothing(is_greedy_B: Array) -> Array:
@@ -165,14 +177,16 @@ def _nothing(is_greedy_B: Array) -> Array:
 def _least_of_min_p(logits_BV: Array, min_p_B: Array, has_B: Array) -> Array:
     """Tokens at least min_p times as likely as the likeliest are kept."""
     with jax.named_scope("min_p"):
-        return jnp.where(has_B, row_max(logits_BV) + jnp.log(min_p_B), -jnp.inf)
+        # The barrier: of a branch this small XLA makes a selection, which reads the logits in every step.
+        top_B = lax.optimization_barrier(row_max(logits_BV))
+        return jnp.where(has_B, top_B + jnp.log(min_p_B), -jnp.inf)
 
 
-def _least_of_top_k(logits_BV: Array, settings: RowSettings, is_greedy_B: Array, has_B: Array) -> Array:
+def _least_of_top_k(logits_BV: Array, top_k_B: Array, has_B: Array) -> Array:
     """The k likeliest tokens are kept. What min-p drops need not be masked before: where it leaves fewer than k, the
     k-th largest of all lies below its least."""
     with jax.named_scope("top_k"):
-        return kth_largest(logits_BV, jnp.where(has_B, settings.top_k_R, 0), _divisor(settings, is_greedy_B))
+        return kth_largest(logits_BV, jnp.where(has_B, top_k_B, 0))
 
 
 def _least_of_top_p(logits_BV: Array, top_p_B: Array, has_B: Array) -> Array:

@@ -274,8 +274,6 @@ def measure_temporaries(setup: RunnerSetup, params: Any, draft_params: Any) -> i
     programs, compiler = ProgramSet(setup, params), Compiler(setup.store, setup.devices)
     tokens, count = setup.buckets.tokens_max, setup.buckets.rows_max
     largest = (*programs.forward(tokens), programs.sample(count), programs.score(tokens), programs.admit())
-    for size in setup.decode_tokens[-1:]:
-        largest += programs.decode_layers(size)
     if setup.draft is not None:
         drafting = DraftModel(setup, setup.draft.spec, draft_params, setup.draft.tokens_max)
         largest += (drafting.follow_program(tokens), drafting.write_program(drafting.write_buckets[-1]))

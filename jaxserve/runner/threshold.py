@@ -26,24 +26,24 @@ GPU_BLOCK = 512         # neighbours that a warp adds up for a cut: more need se
 Measured = Callable[[Array, Array], Array]      # what entries measure where they are kept: (is_kept, x) -> float32
 
 
-def kth_largest(x_BV: Array, k_B: Array, divisor_B: Array) -> Array:
-    """[B] the k-th largest of x / divisor in each row, equal ones counted one by one; -inf where k is 0 or less.
+def kth_largest(x_BV: Array, k_B: Array) -> Array:
+    """[B] the k-th largest value of each row, equal ones counted one by one; -inf where k is 0 or less.
 
-    Or a value below that has no entry between. Divisors are above 0.
+    Or a value below that has no entry between.
     """
-    return lax.platform_dependent(x_BV, k_B, divisor_B, cpu=kth_by_halves, default=kth_by_digits)
+    return lax.platform_dependent(x_BV, k_B, cpu=kth_by_halves, default=kth_by_digits)
 
 
-def kth_by_halves(x_BV: Array, k_B: Array, divisor_B: Array) -> Array:
+def kth_by_halves(x_BV: Array, k_B: Array) -> Array:
     """`kth_largest` for CPUs."""
-    x_BWS = blocks(x_BV / divisor_B[:, None], -jnp.inf)
+    x_BWS = blocks(x_BV, -jnp.inf)
     probe_B = x_BWS.max(-1).max(-1) - COUNT_PROBE
     return _by_halves(x_BWS, k_B.astype(jnp.float32), probe_B, measured=_count, least=jnp.ones_like)
 
 
-def kth_by_digits(x_BV: Array, k_B: Array, divisor_B: Array) -> Array:
-    """`kth_largest` for GPUs: an entry, so it may be divided when it is found, and no pass reads but x itself."""
-    return _by_digits(blocks(x_BV, -jnp.inf, GPU_BLOCK), k_B.astype(jnp.float32), _count) / divisor_B
+def kth_by_digits(x_BV: Array, k_B: Array) -> Array:
+    """`kth_largest` for GPUs."""
+    return _by_digits(blocks(x_BV, -jnp.inf, GPU_BLOCK), k_B.astype(jnp.float32), _count)
 
 
 def least_of_mass(probability_BV: Array, mass_B: Array) -> Array:

@@ -20,7 +20,6 @@ from jaxserve.plan.devices import kind
 from jaxserve.plan.sizes import Sizer
 from jaxserve.runner import start
 from jaxserve.runner.buckets import Buckets
-from jaxserve.runner.compile import Compiler
 from jaxserve.runner.draft_model import DraftModel
 from jaxserve.runner.programs import ProgramSet
 from jaxserve.runner.runner import Runner
@@ -148,13 +147,12 @@ def _raising(*_: Any, **__: Any) -> Any:
     raise NotImplementedError("prefill")
 
 
-def test_their_temporaries_are_weighed_before_pages_are_given_out(
-    setup: Any, params: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Compiler, "build", lambda _, program: program.name)
-    monkeypatch.setattr(start, "temporary_bytes", lambda name: 7 if "decode_layers" in name else 1)
-    assert start.measure_temporaries(setup, params, None) == 7
-    assert start.measure_temporaries(replace(setup, decodes_apart=False), params, None) == 1
+def test_several_processes_have_all_of_them_before_they_meet(setup: Any, params: Any) -> None:
+    """Which program a step gets is asked of a process's own programs: processes of one step must not differ in them."""
+    runner, seen = Runner.create(setup=setup, params=params), []
+    runner.compile_serving_set(NoProgress(), meet=lambda: seen.append(tuple(sorted(runner._builder.decode_forward))))
+    assert seen == [setup.decode_tokens] and runner.is_ready
+    runner.close()
 
 
 @pytest.mark.parametrize(("device", "is_eager", "count"), [("H200", False, 3), ("H200", True, 0), ("CPU", False, 0)])

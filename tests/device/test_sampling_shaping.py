@@ -9,7 +9,7 @@ import pytest
 
 from jaxserve.core.plan import RowAdmission
 from jaxserve.core.sampling_params import SamplingParams
-from jaxserve.runner import row_state, shaping
+from jaxserve.runner import row_state, shaping, threshold
 
 V, R, Y = 300, 6, 3      # V is no multiple of a block
 PROMPT = [3, 5, 5, 9]
@@ -157,6 +157,14 @@ RESTRICTIONS = [
 ]
 
 
+@pytest.fixture(params=["halves", "digits"])
+def _form(request, monkeypatch):
+    """The searches of CPUs, then those of GPUs."""
+    for name, search in (("kth_largest", "kth"), ("least_of_mass", "mass")):
+        monkeypatch.setattr(shaping, name, getattr(threshold, f"{search}_by_{request.param}"))
+
+
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "flat", "peaked", "negative", "around zero"])
 def test_restrictions_equal_the_sorting_oracle(kind):
     for start in range(0, len(RESTRICTIONS), R):
@@ -177,6 +185,23 @@ def test_restrictions_equal_the_sorting_oracle(kind):
             kept = sorted_oracle(x[row], p)
             np.testing.assert_array_equal(~np.isneginf(got[row]), kept, err_msg=f"{kind} {RESTRICTIONS[start + row]}")
             np.testing.assert_allclose(got[row][kept], x[row][kept] / p.temperature, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("_form")
+def test_top_k_keeps_k_at_any_temperature():
+    """Rounding of quotients may not drop the last of them."""
+    count = 1024
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, V)).astype(np.float32) * 3
+    k, temperature = rng.integers(1, 40, count), rng.uniform(0.3, 3, count).astype(np.float32)
+
+    @jax.jit
+    def call(x, rows, k, temperature):
+        settings = shaping.gather_settings(rows, jnp.zeros(count, jnp.int32))
+        return shaping.restrict(x, settings.replace(top_k_R=k, temperature_R=temperature))
+
+    got = call(x, admitted(SamplingParams()), jnp.asarray(k, jnp.int32), temperature)
+    np.testing.assert_array_equal(np.isfinite(got), x >= np.take_along_axis(np.sort(x), V - k[:, None], 1))
 
 
 def test_all_tokens_alike_are_all_kept():

@@ -55,22 +55,13 @@ def kept(rows: Sequence[np.ndarray], least: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("form", KTH)
 def test_the_kth_largest_keeps_what_sorting_keeps(form: str, V: int) -> None:
     names, rows, ks = zip(*cases(V, [-1, 0, 1, 2, V // 2, V - 1, V, V + 5]), strict=True)
-    found = searched(KTH[form], rows, ks, [1.0] * len(ks))
+    found = searched(KTH[form], rows, ks)
     expected = np.array([-INF if k < 1 or k > V else np.sort(row)[-int(k)] for row, k in zip(rows, ks, strict=True)])
     for name, *got in zip(names, kept(rows, found), kept(rows, expected.astype(np.float32)), strict=True):
         np.testing.assert_array_equal(*got, err_msg=name)
     if form == "digits":
-        np.testing.assert_array_equal(found, expected, err_msg="no entries")
-
-
-@pytest.mark.parametrize("form", KTH)
-def test_the_kth_largest_of_a_quotient_is_one(form: str) -> None:
-    row = patterns(300)["normal"]
-    divisors, ks = [0.1, 0.3, 0.7, 1.7, 3.0] * 4, [1.0] * 5 + [2.0] * 5 + [40.0] * 5 + [299.0] * 5
-    found = searched(KTH[form], [row] * 20, ks, divisors)
-    for k, divisor, least in zip(map(int, ks), divisors, found, strict=True):
-        quotients = row / np.float32(divisor)
-        np.testing.assert_array_equal(quotients >= least, quotients >= np.sort(quotients)[-k])
+        entries = np.where(np.abs(found) < np.finfo(np.float32).tiny, 0, found)     # which a CPU takes for zero
+        np.testing.assert_array_equal(entries, expected, err_msg="no entries")
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
@@ -116,9 +107,9 @@ def test_rows_with_nan_end_and_leave_their_neighbours_alone(form: str) -> None:
     one, all_of_it, infinite = row.copy(), np.full(300, NAN, np.float32), row.copy()
     one[17], infinite[3] = NAN, INF
     rows, ks = [one, row, all_of_it, row, infinite], [4.0] * 5
-    found = searched(KTH[form], rows, ks, [1.0] * 5)
+    found = searched(KTH[form], rows, ks)
     assert [np.count_nonzero(row >= found[place]) for place in (1, 3)] == [4, 4]
-    alone = searched(KTH[form], [row] * 5, ks, [1.0] * 5)
+    alone = searched(KTH[form], [row] * 5, ks)
     np.testing.assert_array_equal(found[[1, 3]], alone[[1, 3]])
     mass = searched(MASS[form], [all_of_it, softmax(row), all_of_it, all_of_it, all_of_it], [0.5] * 5)
     assert mass[1] == searched(MASS[form], [softmax(row)] * 5, [0.5] * 5)[1]
@@ -127,7 +118,7 @@ def test_rows_with_nan_end_and_leave_their_neighbours_alone(form: str) -> None:
 def test_a_step_for_gpus_asks_its_host_nothing() -> None:
     """No loop that ends by its data, which a GPU's host would wait for at every turn; one on a CPU ends early."""
     x, of_row = np.zeros((2, 300), np.float32), np.ones(2, np.float32)
-    for call, arrays in ((threshold.kth_largest, (x, of_row, of_row)), (threshold.least_of_mass, (x, of_row))):
+    for call, arrays in ((threshold.kth_largest, (x, of_row)), (threshold.least_of_mass, (x, of_row))):
         traced = jax.jit(call).trace(*arrays)
         has_loop = {platform: "while" in traced.lower(lowering_platforms=(platform,)).as_text()
                     for platform in ("cpu", "cuda")}
