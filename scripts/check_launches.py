@@ -26,6 +26,7 @@ from scripts.hlo_kernels import Launch, launches
 from scripts.published_models import MODELS
 
 LAYER, SAMPLING = "launches of a layer", "launches of sampling"
+FEW = (2, 8)     # rows of other buckets that sampling is checked for, not printed
 # Parts of a layer, the first that fits: (kind, scope) of a launch.
 PARTS = {
     "products of weights": r"product .*",
@@ -97,7 +98,9 @@ def _of_layers(name: str) -> tuple[dict[str, list[tuple[float, float]]], int]:
 
 def sampling_table() -> Iterator[str]:
     """A row a stage: launches, bytes, and those as a share of the matrix that makes logits."""
-    counted = {name: _of_sampling(name) for name in MODELS}
+    counted = {name: _of_sampling(name, ROWS) for name in MODELS}
+    for name, (found, _) in counted.items():
+        _refuse_copies(name, found)
     yield from _head("stage of sampling", "MiB", {name: weights for name, (_, weights) in counted.items()})
     for stage in STAGES:
         cells = []
@@ -107,10 +110,20 @@ def sampling_table() -> Iterator[str]:
         yield f"| {stage} | " + " | ".join(cells) + " |"
 
 
-def _of_sampling(name: str) -> tuple[dict[str, tuple[int, int]], int]:
+def _refuse_copies(name: str, of_all: dict[str, tuple[int, int]]) -> None:
+    """Raises where a search takes more bytes a row for few rows than for all: XLA fuses otherwise by size."""
+    for count in FEW:
+        found, _ = _of_sampling(name, count)
+        for stage in ("top-k", "top-p"):
+            ours, usual = found[stage][1] / count, of_all[stage][1] / ROWS
+            if ours > 1.5 * usual:
+                raise RuntimeError(f"{name}: {stage} takes {ours:.0f} bytes a row of {count}, {usual:.0f} of {ROWS}")
+
+
+def _of_sampling(name: str, rows: int) -> tuple[dict[str, tuple[int, int]], int]:
     """(launches, bytes) by stage, and the bytes of the weights that make logits."""
     with engine(name, 1, "mosaic_gpu") as (_, programs, compiler):
-        program = programs.sample(ROWS)
+        program = programs.sample(rows)
         text = compiler.build(program).as_text()
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0]))
     if " while(" in text:
