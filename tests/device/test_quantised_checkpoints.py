@@ -160,6 +160,20 @@ def first_other_code(ours: Products, reference: Products) -> int:
     return int(np.append(np.any([is_other_TI.any(-1) for is_other_TI in differs], 0), True).argmax())
 
 
+def beside_reference(
+    folder: Path, params: Any, monkeypatch: pytest.MonkeyPatch, products: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Logits of a format that rounds rows, those of the reference, and the first token of which a code differs."""
+    with monkeypatch.context() as as_they_are:
+        ours = products_beside(as_they_are, (Int8Tensor, PackedTensor), matmul, replace=False)
+        got = logits(folder, params)
+    replaced = products_beside(monkeypatch, (Int8Tensor, PackedTensor), matmul)
+    expected = logits(folder, params)
+    jax.effects_barrier()
+    assert len(ours.apart) == products and max(ours.apart + replaced.apart) <= 1e-5, "for the same rows"
+    return got, expected, first_other_code(ours, replaced)
+
+
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in VARIANTS else ()) for kind in ALL]
 )
@@ -180,14 +194,7 @@ def test_logits_are_those_of_the_plain_weights(
     if kind in gguf_folders.KINDS or not has_activations(KINDS[kind][0]):
         got, expected = logits(packed_folder, packed), logits(plain_folder, plain)
     else:
-        with monkeypatch.context() as as_they_are:
-            ours = products_beside(as_they_are, (Int8Tensor, PackedTensor), matmul, replace=False)
-            got = logits(packed_folder, packed)
-        replaced = products_beside(monkeypatch, (Int8Tensor, PackedTensor), matmul)
-        expected = logits(packed_folder, packed)
-        jax.effects_barrier()
-        assert len(ours.apart) == 8 and max(ours.apart + replaced.apart) <= 1e-5, "for the same rows"
-        exact = first_other_code(ours, replaced)
+        got, expected, exact = beside_reference(packed_folder, packed, monkeypatch, products=8)
         assert np.abs(expected - logits(plain_folder, plain)).max() > 1e-3 * np.abs(expected).max(), "rounding shows"
     apart_T = np.abs(got - expected).max(-1) / np.abs(expected).max()
     assert exact > 0 and apart_T[:exact].max() <= 1e-3
@@ -294,8 +301,11 @@ def test_fp8_online_takes_the_nearest_floats_of_each_output(monkeypatch: pytest.
     np.testing.assert_allclose(tensor.plain(), expected, rtol=1e-6)
     got, exact = logits(folder, made), logits(folder, plain)
     assert 0.95 < np.corrcoef(got.ravel(), exact.ravel())[0, 1] < 0.999, "rounding shows, but little"
-    monkeypatch.setattr(PackedTensor, "matmul", matmul)
-    assert np.abs(got - logits(folder, made)).max() <= 1e-3 * np.abs(got).max()
+    ours, reference, same = beside_reference(folder, made, monkeypatch, products=12)
+    apart_T = np.abs(ours - reference).max(-1) / np.abs(reference).max()
+    assert same > 0 and apart_T[:same].max() <= 1e-3
+    rounding_T = np.abs(got - exact).max(-1) / np.abs(reference).max()
+    assert apart_T.max() < rounding_T.max(), "after a number on a border all is rounded anew, no worse"
 
 
 @pytest.mark.parametrize("kind", ["gptq-4bit", "gptq-8bit", "ct-w8a8", "fp8-block", "ct-fp8"])
