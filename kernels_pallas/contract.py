@@ -89,9 +89,17 @@ def triton_refusals(
         if pages.code_PKSH.dtype.name not in codes:
             served = f"only {', '.join(codes)}" if codes else "none"
             found.append(f"of quantised pages {served}, not {pages.code_PKSH.dtype}")
+        found += triton_size_refusals(pages.code_PKSH)
     elif pages.dtype != values.dtype:
         found.append(f"pages of {pages.dtype} beside values of {values.dtype}: must be alike")
     return found
+
+
+def triton_size_refusals(array: Array) -> list[str]:
+    """Pallas:Triton counts elements in 32 bits with a sign in arrays of up to 2**32 bytes: too few for single bytes."""
+    if array.size <= 1 << 31 or array.size * array.dtype.itemsize > 1 << 32:
+        return []
+    return [f"{array.dtype}{array.shape} has between 2 and 4 GiB of elements, whose offsets jax would overflow"]
 
 
 def attention_violations(

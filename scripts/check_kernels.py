@@ -204,6 +204,8 @@ def grouped_row(case: GroupedCase) -> str:
         executable = compiled(functools.partial(grouped_matmul, implementation="triton"), *arrays)
     if "__gpu$xla.gpu.triton" not in executable.as_text():
         raise RuntimeError(f"grouped_matmul of {case.name} did not become a Triton kernel")
+    if "while(" in executable.as_text():
+        raise RuntimeError(f"grouped_matmul of {case.name}: XLA launches a loop")
     temporaries = executable.memory_analysis().temp_size_in_bytes
     if temporaries >= 1 << 20:
         raise RuntimeError(f"grouped_matmul of {case.name}: {temporaries} bytes of temporaries; are weights copied?")

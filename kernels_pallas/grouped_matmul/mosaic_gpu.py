@@ -50,7 +50,7 @@ def grouped_matmul(
     """See `api.grouped_matmul`. `rows` overrides those of a tile, `interpret` runs the simulator."""
     T, (E, width_out, _) = x_TI.shape[0], weight_EOI.shape
     rows = rows or next((size for size in ROWS if size * E >= T), ROWS[-1])
-    tiles = _tiles(count_E, T, rows)
+    tiles = lax.optimization_barrier(_tiles(count_E, T, rows))     # else each number gathered computes them anew
     with jax.named_scope("grouped_matmul"):
         out_WBRC = _multiply(x_TI.at[tiles.row_WR].get(mode="clip"), weight_EOI, tiles, programs, interpret)
         return out_WBRC[tiles.tile_T, :, tiles.place_T].reshape(T, width_out)
@@ -63,7 +63,8 @@ def _tiles(count_E: Array, row_count: int, rows: int) -> _Tiles:
     tile_end_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(count_E)
 
     def group_of(end_E: Array, index: Array) -> Array:
-        return jnp.minimum(jnp.searchsorted(end_E, index, side="right"), E - 1).astype(jnp.int32)
+        found = jnp.searchsorted(end_E, index, side="right", method="compare_all")     # others are loops of launches
+        return jnp.minimum(found, E - 1).astype(jnp.int32)
 
     tile_W, token_T = (jnp.arange(size, dtype=jnp.int32) for size in (tile_max, row_count))
     group_W, group_T = group_of(tile_end_E, tile_W), group_of(row_end_E, token_T)

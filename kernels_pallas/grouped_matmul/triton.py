@@ -44,7 +44,8 @@ def grouped_matmul(x_TI: Array, weight_EOI: Array, count_E: Array, *, is_interpr
     tiles_E = (count_E + rows - 1) // rows
     tile_end_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(count_E)
     tile_W = jnp.arange(tile_max, dtype=jnp.int32)
-    group_W = jnp.minimum(jnp.searchsorted(tile_end_E, tile_W, side="right"), E - 1).astype(jnp.int32)
+    found_W = jnp.searchsorted(tile_end_E, tile_W, side="right", method="compare_all")     # others: loops of launches
+    group_W = jnp.minimum(found_W, E - 1).astype(jnp.int32)
     index_W = tile_W - (tile_end_E - tiles_E)[group_W]
     first_W = ((row_end_E - count_E)[group_W] + index_W * rows).astype(jnp.int32)
     end_W = jnp.where(tile_W < tile_end_E[-1], row_end_E[group_W], 0).astype(jnp.int32)

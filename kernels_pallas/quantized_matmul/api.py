@@ -73,4 +73,4 @@ def _triton_refusals(x_TI: Array, weight: PackedWeight) -> list[str]:
         found.append(f"rows must be bfloat16 or float16 (tensor cores), got {x_TI.dtype}")
     if weight.code == "fp4":
         found.append("fp4 is not built")
-    return found
+    return found + contract.triton_size_refusals(weight.code_OC)

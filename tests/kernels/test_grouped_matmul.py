@@ -106,6 +106,14 @@ def test_hopper_form_equals_the_reference_in_the_simulator_without_a_race(name: 
     assert found["error"] <= 1e-4 * max(1.0, found["largest"])
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel needs jax >= 0.11")
+def test_the_plan_of_tiles_is_no_loop_of_launches() -> None:
+    from kernels_pallas.grouped_matmul import mosaic_gpu
+
+    planned = str(jax.make_jaxpr(lambda count_E: mosaic_gpu._tiles(count_E, 100, 64))(jnp.zeros(8, jnp.int32)))
+    assert "while" not in planned and "scan" not in planned
+
+
 def test_hopper_refusals_name_everything_at_once() -> None:
     found = "; ".join(hopper.grouped_refusals(jnp.zeros((4, 72), jnp.float32), 100))
     for named in ("rows of float32", "shared width 72 is no multiple of 64", "width out 100 is a multiple of none"):

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kernels_pallas import contract
 from kernels_pallas.contract import ContractError, NoImplementationError
 from kernels_pallas.native import api as native
 from kernels_pallas.quantized_matmul import PackedWeight, quantized_matmul
@@ -155,3 +156,12 @@ def test_refuses_what_breaks_the_contract() -> None:
         quantized_matmul(rows(2, 64), weight, implementation="triton")
     with pytest.raises(NoImplementationError, match=r"native: .*rows must be bfloat16"):
         quantized_matmul(rows(2, 64, "float32"), weight, implementation="native")
+
+
+def test_codes_that_tritons_offsets_cannot_count_are_refused() -> None:
+    def refused(outs: int, dtype: str) -> bool:
+        return bool(contract.triton_size_refusals(jax.ShapeDtypeStruct((outs, 1 << 16), dtype)))
+
+    sizes_GiB = {2: 1 << 15, 3: 3 << 14, 4: 1 << 16, 5: 5 << 14}
+    assert [refused(outs, "uint8") for outs in sizes_GiB.values()] == [False, True, True, False]
+    assert not any(refused(outs, "bfloat16") for outs in sizes_GiB.values())
