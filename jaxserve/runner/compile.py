@@ -153,7 +153,7 @@ class Compiler:
         shapes = [f"{leaf.shape}{leaf.dtype}{leaf.sharding}" for leaf in leaves]
         results, result_tree = jax.tree.flatten(program.results)
         parts = [
-            _environment(self._devices), program.name, program.identity, str(program.donated), str(tree), *shapes,
+            environment(self._devices), program.name, program.identity, str(program.donated), str(tree), *shapes,
             str(result_tree), *map(str, results),
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -191,7 +191,7 @@ def _listen(compiler: Compiler) -> None:
 
 
 @functools.cache
-def _environment(devices: tuple[jax.Device, ...]) -> str:
+def environment(devices: tuple[jax.Device, ...]) -> str:
     """What a compiled program depends on besides itself: code, versions, processor, flags."""
     client = devices[0].client
     flags = sorted((name, value) for name, value in os.environ.items() if name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from jaxserve.core.errors import ConfigError
 from jaxserve.core.model_spec import ModelSpec
 from jaxserve.core.plan import KvGroupShape, RunnerShape
 from jaxserve.quantization.packing import is_packed
-from jaxserve.runner import rows
+from jaxserve.runner import rows, trial
 from jaxserve.runner.buckets import Buckets, choose_buckets, skips_padding, smallest_size
 from jaxserve.runner.build import temporary_bytes
 from jaxserve.runner.compile import Compiler, open_store
@@ -54,11 +55,13 @@ class Target:
 
     Attributes:
       temporaries: scratch memory of a setup's hungriest program, on each device.
+      attention: who attends, where that can be tried.
     """
 
     budget: Budget
     is_cpu: bool
     temporaries: Callable[[RunnerSetup], int]
+    attention: Callable[[RunnerSetup], str | None] = attrgetter("attention")
 
 
 def plan_memory(
@@ -92,7 +95,10 @@ def plan_memory(
         mine = 0 if is_cpu else measure_temporaries(setup, params, draft_params)
         return mine if least is None else -least((-mine,))[0]
 
-    target = Target(budget=budget, is_cpu=is_cpu, temporaries=temporaries)
+    target = Target(
+        budget=budget, is_cpu=is_cpu, temporaries=temporaries,
+        attention=functools.partial(choose_attention, config, is_cpu=is_cpu),
+    )
     return settle(
         spec=spec, params=params, mesh=mesh, dtype=dtype, config=config, target=target, draft=draft,
         draft_params=draft_params, store=_store(config.compilation.compilation_cache_dir),
@@ -128,6 +134,7 @@ def settle(
         samples_max=samples_max, buckets=buckets(tokens_max=tokens_max), store=store, budget=target.budget, draft=draft,
         is_cpu=is_cpu,
     )
+    setup = replace(setup, attention=target.attention(setup))
     memory = grant_pages(
         spec=spec, draft=None if draft is None else draft.spec, budget=target.budget,
         weight_bytes=device_bytes((params, draft_params)), temporary_bytes=target.temporaries(setup),
@@ -143,6 +150,14 @@ def settle(
         shape=_shape(setup.shape, [group.page_count for group in memory.groups], memory.length_max),
         buckets=buckets(tokens_max=tokens_max),
     )
+
+
+def choose_attention(config: EngineConfig, setup: RunnerSetup, *, is_cpu: bool) -> str | None:
+    """Who attends: whoever was named, else on a GPU the fastest that is right there (`runner.trial`)."""
+    compilation = config.compilation
+    # Kernels cut contexts by what else is in the batch.
+    is_settled = is_cpu or compilation.attention_backend != "auto" or compilation.batch_invariant
+    return setup.attention if is_settled else trial.fastest(setup)
 
 
 def _tokens_max_default(*, is_cpu: bool, has_tiles: bool) -> int:

@@ -37,9 +37,12 @@ def run(x, rows, row, position, mode="raw_logprobs"):
     return sampling.sample_rows(x, rows, row, position, mode=mode, alternatives=X)
 
 
-def sampled(rows, x, row, position, mode="raw_logprobs") -> sampling.Sampled:
-    at = (jnp.asarray(values, jnp.int32) for values in (row, position))
-    return jax.tree.map(np.asarray, run(jnp.asarray(x), rows, *at, mode=mode))
+def sampled(rows, x, row, position, mode="raw_logprobs", size=R) -> sampling.Sampled:
+    """Of these rows among `size`; padding is a step's."""
+    count, fill = len(x), size - len(x)
+    at = (np.array([*values, *[of_padding] * fill], np.int32) for values, of_padding in ((row, R), (position, 0)))
+    got = run(jnp.pad(jnp.asarray(x), ((0, fill), (0, 0))), rows, *at, mode=mode)
+    return jax.tree.map(lambda array: np.asarray(array)[:count], got)
 
 
 def logits(count: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
@@ -116,7 +119,7 @@ def test_a_token_depends_on_seed_choice_and_position_only():
         5: (SamplingParams(presence_penalty=1.0, top_k=9, min_p=0.1), 3, 0),
     })
     for position in range(20, 30):
-        one = sampled(alone, np.stack([x, x]), [3, R], [position, 0]).token_B[0]
+        one = sampled(alone, x[None], [3], [position], size=2).token_B[0]
         many = sampled(among, np.stack([x] * 8), [0, 1, 5, R, 11, R, 2, R], [position] * 8).token_B
         assert many[4] == many[6] == one
 

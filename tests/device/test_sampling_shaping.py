@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,12 +44,18 @@ def shaped(rows, x, row, position) -> np.ndarray:
     return np.asarray(call(jnp.asarray(x), rows, jnp.asarray(row, jnp.int32), jnp.asarray(position, jnp.int32)))
 
 
-def restricted(rows, x, row) -> np.ndarray:
-    @jax.jit
-    def call(x, rows, row):
-        return shaping.restrict(x, shaping.gather_settings(rows, row))
+@functools.cache
+def restricting(*searches):
+    """One program for all who restrict R rows by these searches."""
+    return jax.jit(lambda x, rows, row: shaping.restrict(x, shaping.gather_settings(rows, row)))
 
-    return np.asarray(call(jnp.asarray(x, jnp.float32), rows, jnp.asarray(row, jnp.int32)))
+
+def restricted(rows, x, row) -> np.ndarray:
+    """Rows of `x`, filled up with copies of the last one to R."""
+    count, fill = len(x), (0, R - len(x))
+    call = restricting(shaping.kth_largest, shaping.least_of_mass)
+    x = jnp.pad(jnp.asarray(x, jnp.float32), (fill, (0, 0)), "edge")
+    return np.asarray(call(x, rows, jnp.pad(jnp.asarray(row, jnp.int32), fill, "edge")))[:count]
 
 
 def test_penalties_bias_and_masks_in_order():
