@@ -89,6 +89,8 @@ def triton_refusals(
         if pages.code_PKSH.dtype.name not in codes:
             served = f"only {', '.join(codes)}" if codes else "none"
             found.append(f"of quantised pages {served}, not {pages.code_PKSH.dtype}")
+        if 2**31 < pages.code_PKSH.size <= 2**32:     # jax 0.11: signed offsets of 32 bits up to 2^32 bytes
+            found.append(f"{pages.code_PKSH.size} codes of a layer lie between 2^31 and 2^32, whose offsets would overflow")
     elif pages.dtype != values.dtype:
         found.append(f"pages of {pages.dtype} beside values of {values.dtype}: must be alike")
     return found
