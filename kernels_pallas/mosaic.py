@@ -111,7 +111,11 @@ def load_block(
             own = pl.ds(index * page_size, page_size)
             plgpu.copy_gmem_to_smem(pages_PKSH.at[page, head], into.block.at[place, own], into.full.at[place])
             if scale_PKS is not None:
-                plgpu.copy_gmem_to_smem(scale_PKS.at[page, head], into.scale.at[place, own], into.full.at[place])
+                # Without a tensor map: with one a copy has to begin at a multiple of 128 bytes of shared memory.
+                plgpu.copy_gmem_to_smem(
+                    scale_PKS.at[page, head], into.scale.at[place, own], into.full.at[place],
+                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                )
 
         @pl.when(jnp.logical_not(is_needed))
         def _() -> None:

@@ -4,8 +4,8 @@
     python -m tests.kernels.simulator paged_prefill random-3
 
 The simulator starts a thread a warpgroup and a kernel that forgets an arrival waits for ever, so the caller sets the
-time limit. Slots that no token may see hold NaN. Prints one line of JSON: the largest error against the reference,
-whether every element is finite, whether any race was found.
+time limit. Slots that no token may see hold NaN. It lets copies begin anywhere; `watch_copies` does not. Prints one line
+of JSON: the largest error against the reference, whether every element is finite, whether any race was found.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import sys
 import types
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,7 @@ def run(op: str, case: Case) -> dict[str, float | bool]:
 
     kernel = importlib.import_module(f"kernels_pallas.{op}.mosaic_gpu")
     reference = importlib.import_module(f"kernels_pallas.{op}.reference")
+    watch_copies()
     plant(case.bug)
     arrays, options = inputs(case)
     if op == "paged_decode":
@@ -212,6 +215,24 @@ def _pool(case: Case, x_PKSH: np.ndarray, held_PS: np.ndarray) -> Pages:
     if case.codes.startswith("float"):
         code_PKSH = jnp.where(is_held, code_PKSH, jnp.nan).astype(case.codes)
     return QuantizedPages(code_PKSH, jnp.where(is_held[..., 0], scale_PKS, jnp.nan).astype(case.scales))
+
+
+def watch_copies() -> None:
+    """Refuses copies with a tensor map that need not begin at multiples of 128 bytes of shared memory.
+
+    Parts of one size lie side by side, so each begins at a multiple of its size.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    copy = plgpu.copy_gmem_to_smem
+
+    def watched(source: Any, to: Any, barrier: Any, **options: Any) -> None:
+        size = math.prod(to.shape) * jnp.dtype(to.dtype).itemsize
+        alignment = 16 if options.get("oob_mode") == plgpu.OOBFillMode.PROMISE_IN_BOUNDS else 128
+        assert size % alignment == 0, f"a copy of {size} bytes, {alignment} is its alignment"
+        copy(source, to, barrier, **options)
+
+    plgpu.copy_gmem_to_smem = watched
 
 
 def plant(bug: str | None) -> None:

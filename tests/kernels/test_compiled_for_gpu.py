@@ -53,6 +53,14 @@ def test_triton_refusals_name_everything_at_once() -> None:
     assert "pages of float16 beside values of bfloat16" in found
 
 
+@pytest.mark.parametrize(("pages", "is_refused"), [(1 << 19, False), (3 << 18, True), (1 << 20, True), (5 << 18, False)])
+def test_triton_refuses_codes_whose_offsets_overflow(pages: int, *, is_refused: bool) -> None:
+    code = jax.ShapeDtypeStruct((pages, 2, 16, 128), jnp.int8)
+    pool = QuantizedPages(code, jax.ShapeDtypeStruct(code.shape[:3], jnp.float32))
+    found = contract.triton_refusals(jnp.zeros((4, 4, 128), jnp.bfloat16), pool, codes=("int8",))
+    assert any("offsets jax would overflow" in why for why in found) == is_refused
+
+
 def test_pages_larger_than_a_block_are_refused() -> None:
     q_TNH = jnp.zeros((4, 8, 256), jnp.bfloat16)
     pages_PKSH = {size: jnp.zeros((2, 2, size, 256), jnp.bfloat16) for size in (64, 128)}
