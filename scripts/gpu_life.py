@@ -88,8 +88,9 @@ def _memory() -> dict[str, Any]:
 
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
+    fraction = os.environ.get("XLA_CLIENT_MEM_FRACTION", os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
     return {
-        "device": device.device_kind, "fraction": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        "device": device.device_kind, "fraction": fraction,
         "limit_gib": stats.get("bytes_limit", 0) / 2**30, "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
     }
 
