@@ -80,13 +80,15 @@ def main() -> None:
         times = host_times(runner, config, rows, options)
         times["rate"] = decode_rate(work, ceilings, rows, options.context, times["step"]["median"])
         report["host_ms"][rows] = times    # type: ignore[index]
+        _so_far(report, options)
     plans = {
         size: prefill_plan(runner, size) for size in runner.buckets.tokens if size <= runner.shape.length_max
     }
     for tokens, plan in plans.items():
         chunk = prefill_ms(runner, plan, options.repeats)
         report["device_ms"][tokens] = chunk | prefill_rate(work, ceilings, tokens, chunk["median"])   # type: ignore
-    if options.profile is not None:     # last: a tracer may slow down what comes after it
+    if options.profile is not None:     # last: a tracer may slow down what comes after it, or take the process with it
+        _so_far(report, options)
         report |= profiles(runner, config, options, plans, scopes_of(executable for _, executable in built.values()))
     stats = runner.stats
     report["compiled_after_ready"] = stats.compiled_after_ready_count
@@ -95,6 +97,12 @@ def main() -> None:
         print(json.dumps(report))
     else:
         print(json.dumps(report, indent=1) if options.json else _table(report))
+
+
+def _so_far(report: dict[str, object], options: argparse.Namespace) -> None:
+    """For programs, which take the last line: what there is where the rest fails or takes too long."""
+    if options.json_line:
+        print(json.dumps(report), flush=True)
 
 
 def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, float]]:
@@ -169,7 +177,7 @@ def profiles(
     Their traces lie in a folder each. A device that cannot be traced is said, and costs nothing but that.
     """
     found: dict[str, dict[str, object]] = {"profile_ms": {}, "busy_ms": {}}
-    for rows in options.rows:
+    for rows in (count for count in options.rows if count <= options.profile_rows_max):
         loop = decoding(runner, config, rows, options)
         for _ in range(WARM_STEPS):
             loop.step()
@@ -309,6 +317,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=None)
     parser.add_argument("--compilation-cache-dir", default=None)
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace steps, named as in the source")
+    parser.add_argument("--profile-rows-max", type=int, default=1 << 20, metavar="N", help="traces no larger decodes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--json-line", action="store_true", help="the same in one line, for programs")
     parser.add_argument("--verbose", action="store_true")

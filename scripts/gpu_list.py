@@ -166,7 +166,7 @@ def command(part: Part, folder: Path) -> tuple[list[str], dict[str, str]]:
         str(ROOT / "scripts" / "bench_step.py"), "--model", str(model), "--load-format", "dummy", "--json-line",
         "--rows", *map(str, ROWS), "--context", "1024", "--tokens-max", str(TOKENS_MAX),
         "--attention-backend", part.given["backend"], "--compilation-cache-dir", str(folder / f"programs {part.name}"),
-        "--profile", str(folder / f"trace {part.name}"),
+        "--profile", str(folder / f"trace {part.name}"), "--profile-rows-max", "64",
     ], own
 
 

@@ -45,8 +45,9 @@ from scripts.gpu_list import (
     unready,
 )
 from scripts.gpu_report import report
-from scripts.part_process import answer, in_process, in_turn
+from scripts.part_process import LATE, answer, in_process, in_turn
 
+SHOWN = 300         # characters of a result; the files have all
 PROCESSES = 4       # at once, of parts that are not timed
 
 
@@ -78,10 +79,10 @@ class Run:
 
     def record(self, part: Part, result: dict[str, Any]) -> None:
         with self._lock:
-            print(f"{part.kind}: {part.name}: {json.dumps(result)}", flush=True)
-            self.found.append((part, result))
+            print(f"{part.kind}: {part.name}: {json.dumps(result)[:SHOWN]}", flush=True)
+            self._keep(part, result)
             whole = [{"part": dataclasses.asdict(one), "found": what} for one, what in self.found]
-            texts = {".json": json.dumps(whole, indent=1) + "\n", ".md": report(self.found)}
+            texts = {".json": json.dumps(whole, indent=1) + "\n", ".md": _tables(self.found)}
             for ending, text in texts.items():
                 _write(self._output.with_suffix(ending), text)
                 if self._copy is not None:
@@ -94,7 +95,14 @@ class Run:
         return next(in_turn(words, [_line(part)], timeout_s=TIMEOUT_ELSE_S, environment=environment), {})
 
     def is_done(self, part: Part) -> bool:
-        return any((one.kind, one.name) == (part.kind, part.name) for one, _ in self.found)
+        """Whether there is a result, and all of it."""
+        return any(_is_same(one, part) and LATE not in result.get("cut", "") for one, result in self.found)
+
+    def _keep(self, part: Part, result: dict[str, Any]) -> None:
+        """In place of an earlier try's; but what that had found is not given for an error."""
+        before = next((what for one, what in self.found if _is_same(one, part)), None)
+        if before is None or not isinstance(result.get("error"), str) or isinstance(before.get("error"), str):
+            self.found = [(one, what) for one, what in self.found if not _is_same(one, part)] + [(part, result)]
 
     def _alone(self, part: Part) -> None:
         left = self._left()
@@ -137,6 +145,18 @@ class Run:
 
     def _left(self) -> float:
         return float("inf") if self._until is None else self._until - time.monotonic()
+
+
+def _tables(found: list[tuple[Part, dict[str, Any]]]) -> str:
+    """The report; what cannot be told so must not end the run."""
+    try:
+        return report(found)
+    except Exception as error:
+        return f"no tables: {type(error).__name__}: {error}\n"
+
+
+def _is_same(one: Part, other: Part) -> bool:
+    return (one.kind, one.name) == (other.kind, other.name)
 
 
 def _line(part: Part) -> str:

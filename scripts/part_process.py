@@ -24,27 +24,32 @@ from typing import IO, Any
 ERROR_CHARACTERS = 600      # of what a part said last
 START_S = 30.0              # that a process may take before its first part
 DEATHS_MAX = 3              # processes in a row that answered nothing: the next would not, either
+LATE = "took longer than"
 AGAIN = 75                  # exit status: the device's state is in doubt, what is left wants a new process
 FAULTS = ("JaxRuntimeError", "XlaRuntimeError", "AcceleratorError", "OutOfMemoryError")
 
 
 def in_process(command: list[str], *, timeout_s: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a part printed as its last line, JSON; {"error": why} where it did not."""
+    """What a part printed as its last line, JSON; {"error": why} where it did not.
+
+    One that ended badly after such a line has found what it says, and "cut" says how it ended.
+    """
     with tempfile.TemporaryFile("w+") as out, _process(command, environment, stdin=subprocess.DEVNULL, out=out) as (
         process, said
     ):
         try:
-            status = process.wait(timeout_s)
+            process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {timeout_s:.0f} s: {_end_of(said)}".rstrip(": ")}
-        if status:
-            return {"error": f"exit {status}: {_end_of(said)}"}
-        text = _end_of(out, None)
+            pass
+        why = _why(process, timeout_s) if process.returncode != 0 else ""
+        text, last = _end_of(out, None), _end_of(said)
     try:
         found = json.loads(text.splitlines()[-1])
     except (IndexError, ValueError):
-        return {"error": f"printed no result: {text[-ERROR_CHARACTERS:]!r}"}
-    return found if isinstance(found, dict) else {"error": f"printed no object: {found!r}"}
+        found = None
+    if isinstance(found, dict):
+        return found | ({"cut": why} if why else {})
+    return {"error": f"{why}: {last}".rstrip(": ") if why else f"printed no result: {text[-ERROR_CHARACTERS:]!r}"}
 
 
 def in_turn(
@@ -82,7 +87,7 @@ def in_turn(
 
 
 def _why(process: subprocess.Popen[str], timeout_s: float) -> str:
-    return f"took longer than {timeout_s:.0f} s" if process.returncode is None else f"exit {process.returncode}"
+    return f"{LATE} {timeout_s:.0f} s" if process.returncode is None else f"exit {process.returncode}"
 
 
 def answer(run: Callable[[dict[str, Any]], dict[str, Any]]) -> int:

@@ -66,6 +66,7 @@ def test_a_part_that_fails_or_hangs_is_a_result() -> None:
     assert run("import time; time.sleep(60)", 0.5) == {"error": "took longer than 0 s"}
     assert "boom" in run('raise RuntimeError("boom")')["error"]
     assert "printed no result" in run("pass")["error"]
+    assert run('import os; print(\'{"ms": 1.0}\', flush=True); os.abort()') == {"ms": 1.0, "cut": "exit -6"}
 
 
 ANSWERS = """
@@ -196,7 +197,8 @@ class _Fake:
             yield ceilings if part["kind"] == "ceilings" else {"same_bits": True, "difference": 0.0}
 
     def in_process(self, command: list[str], **_: Any) -> dict[str, Any]:
-        return {"error": "took longer than 1 s"}
+        self.ran.append("alone")
+        return {"host_ms": {}, "device_ms": {}, "cut": "took longer than 1 s"}
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
@@ -221,3 +223,8 @@ def test_a_run_is_taken_up_where_it_ended_on_the_same_device(
     assert (tmp_path / "away" / "found.md").read_text() == (tmp_path / "found.md").read_text()
     kinds = [entry["part"]["kind"] for entry in json.loads((tmp_path / "away" / "found.json").read_text())]
     assert sorted(kinds) == ["ceilings", *["invariance"] * 3]
+    monkeypatch.setattr(kernels_gpu, "LEAST_S", {})
+    for _ in range(2):      # what was cut short is kept, and tried again
+        ran = run(device, "step", "--match", "Llama-3.1-8B xla, command", "--seconds", "9", "--resume")
+        assert ran == ["ceilings", "alone"]
+        assert [entry["found"]["cut"] for entry in json.loads((tmp_path / "found.json").read_text())[-1:]]
