@@ -45,9 +45,10 @@ from scripts.gpu_list import (
     unready,
 )
 from scripts.gpu_report import report
-from scripts.part_process import LATE, answer, in_process, in_turn
+from scripts.part_process import answer, in_process, in_turn
 
 SHOWN = 300         # characters of a result; the files have all
+OVER = "the run ended"      # why a part found less than it would have: another run tries again
 PROCESSES = 4       # at once, of parts that are not timed
 
 
@@ -96,7 +97,7 @@ class Run:
 
     def is_done(self, part: Part) -> bool:
         """Whether there is a result, and all of it."""
-        return any(_is_same(one, part) and LATE not in result.get("cut", "") for one, result in self.found)
+        return any(_is_same(one, part) and result.get("cut") != OVER for one, result in self.found)
 
     def _keep(self, part: Part, result: dict[str, Any]) -> None:
         """In place of an earlier try's; but what that had found is not given for an error."""
@@ -114,7 +115,9 @@ class Run:
         words, own = command(part, self._folder)
         limit = min(TIMEOUT_S[part.kind], left)
         result = in_process(words, timeout_s=limit, environment=os.environ | own)
-        if "error" not in result or self._left() > 0:      # one that ran out of our time is not begun again as failed
+        if self._left() <= 0 and "cut" in result:
+            result["cut"] = OVER
+        if "error" not in result or self._left() > 0:      # what our own end ended has not failed
             self.record(part, result)
         return None
 

@@ -24,7 +24,6 @@ from typing import IO, Any
 ERROR_CHARACTERS = 600      # of what a part said last
 START_S = 30.0              # that a process may take before its first part
 DEATHS_MAX = 3              # processes in a row that answered nothing: the next would not, either
-LATE = "took longer than"
 AGAIN = 75                  # exit status: the device's state is in doubt, what is left wants a new process
 FAULTS = ("JaxRuntimeError", "XlaRuntimeError", "AcceleratorError", "OutOfMemoryError")
 
@@ -87,7 +86,7 @@ def in_turn(
 
 
 def _why(process: subprocess.Popen[str], timeout_s: float) -> str:
-    return f"{LATE} {timeout_s:.0f} s" if process.returncode is None else f"exit {process.returncode}"
+    return f"took longer than {timeout_s:.0f} s" if process.returncode is None else f"exit {process.returncode}"
 
 
 def answer(run: Callable[[dict[str, Any]], dict[str, Any]]) -> int:

@@ -198,6 +198,7 @@ class _Fake:
 
     def in_process(self, command: list[str], **_: Any) -> dict[str, Any]:
         self.ran.append("alone")
+        time.sleep(0.6)
         return {"host_ms": {}, "device_ms": {}, "cut": "took longer than 1 s"}
 
 
@@ -224,7 +225,9 @@ def test_a_run_is_taken_up_where_it_ended_on_the_same_device(
     kinds = [entry["part"]["kind"] for entry in json.loads((tmp_path / "away" / "found.json").read_text())]
     assert sorted(kinds) == ["ceilings", *["invariance"] * 3]
     monkeypatch.setattr(kernels_gpu, "LEAST_S", {})
-    for _ in range(2):      # what was cut short is kept, and tried again
-        ran = run(device, "step", "--match", "Llama-3.1-8B xla, command", "--seconds", "9", "--resume")
-        assert ran == ["ceilings", "alone"]
-        assert [entry["found"]["cut"] for entry in json.loads((tmp_path / "found.json").read_text())[-1:]]
+    # What the run's end cut short is kept, and tried again; what took too long by itself is not.
+    for seconds, cut, then in (("0.5", kernels_gpu.OVER, 1), ("9", "took longer than 1 s", 1), ("9", "", 0)):
+        ran = run(device, "step", "--match", "Llama-3.1-8B xla, command", "--seconds", seconds, "--resume")
+        assert ran == ["ceilings", *["alone"] * then]
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert not cut or found[-1]["found"]["cut"] == cut
