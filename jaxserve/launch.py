@@ -195,7 +195,8 @@ def _join(config: EngineConfig, member: Member) -> None:
 
 def _set_allocator(config: EngineConfig) -> None:
     """Tells XLA how much of a GPU it may take; a value the user set in the environment stands."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.cache.gpu_memory_utilization))
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:     # jax refuses to have both
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.cache.gpu_memory_utilization))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")   # XLA's start-up chatter
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ceilings import Ceilings, StepWork, measure, step_work
 from step_counts import recorded, write_counts
-from step_profile import profiled
+from step_profile import busy_ms, by_scope, traced
 
 from jaxserve.core.clock import MonotonicClock
 from jaxserve.core.config import (
@@ -80,20 +80,16 @@ def main() -> None:
         times = host_times(runner, config, rows, options)
         times["rate"] = decode_rate(work, ceilings, rows, options.context, times["step"]["median"])
         report["host_ms"][rows] = times    # type: ignore[index]
-    if options.profile is not None:
-        scopes = scopes_of(executable for _, executable in built.values())
-        report["profile_ms"] = {
-            f"{rows} rows": profile(runner, config, rows, options, scopes) for rows in options.rows
-        }
-    for tokens in (size for size in runner.buckets.tokens if size <= runner.shape.length_max):
-        plan = prefill_plan(runner, tokens)
+        _so_far(report, options)
+    plans = {
+        size: prefill_plan(runner, size) for size in runner.buckets.tokens if size <= runner.shape.length_max
+    }
+    for tokens, plan in plans.items():
         chunk = prefill_ms(runner, plan, options.repeats)
-        if options.profile is not None:
-            report["profile_ms"][f"prefill {tokens}"] = profiled(    # type: ignore[index]
-                lambda plan=plan: runner.launch(plan).result(), options.repeats, options.profile / f"prefill{tokens}",
-                scopes,
-            )
         report["device_ms"][tokens] = chunk | prefill_rate(work, ceilings, tokens, chunk["median"])   # type: ignore
+    if options.profile is not None:     # last: a tracer may slow down what comes after it, or take the process with it
+        _so_far(report, options)
+        report |= profiles(runner, config, options, plans, scopes_of(executable for _, executable in built.values()))
     stats = runner.stats
     report["compiled_after_ready"] = stats.compiled_after_ready_count
     runner.close()
@@ -101,6 +97,12 @@ def main() -> None:
         print(json.dumps(report))
     else:
         print(json.dumps(report, indent=1) if options.json else _table(report))
+
+
+def _so_far(report: dict[str, object], options: argparse.Namespace) -> None:
+    """For programs, which take the last line: what there is where the rest fails or takes too long."""
+    if options.json_line:
+        print(json.dumps(report), flush=True)
 
 
 def start(options: argparse.Namespace) -> tuple[Runner, StepWork, dict[str, float]]:
@@ -167,15 +169,35 @@ def host_times(
     return {name: summary(values) for name, values in samples.items()}
 
 
-def profile(
-    runner: Runner, config: EngineConfig, rows: int, options: argparse.Namespace, scopes: Scopes
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of the same decode steps by program and scope; their trace lies in a folder of its own."""
-    loop = decoding(runner, config, rows, options)
-    for _ in range(WARM_STEPS):
-        loop.step()
-    found = profiled(loop.step, options.steps, options.profile / f"rows{rows}", scopes)
-    end(loop, rows)
+def profiles(
+    runner: Runner, config: EngineConfig, options: argparse.Namespace, plans: dict[int, StepPlan], scopes: Scopes
+) -> dict[str, dict[str, object]]:
+    """Milliseconds of the same steps by program and scope, and of decodes in which the device was busy at all.
+
+    Their traces lie in a folder each. A device that cannot be traced is said, and costs nothing but that.
+    """
+    found: dict[str, dict[str, object]] = {"profile_ms": {}, "busy_ms": {}}
+    for rows in (count for count in options.rows if count <= options.profile_rows_max):
+        loop = decoding(runner, config, rows, options)
+        for _ in range(WARM_STEPS):
+            loop.step()
+        try:
+            operations = traced(loop.step, options.steps, options.profile / f"rows{rows}", scopes)
+        except (RuntimeError, OSError, ValueError) as error:
+            found["busy_ms"][str(rows)] = f"no trace: {error}"
+        else:
+            found["profile_ms"][f"{rows} rows"] = by_scope(operations, options.steps)
+            found["busy_ms"][str(rows)] = busy_ms(operations, options.steps) or "no trace: it has no kernel"
+        end(loop, rows)
+    for tokens, plan in plans.items():
+        try:
+            operations = traced(
+                lambda plan=plan: runner.launch(plan).result(), options.repeats,     # type: ignore[misc]
+                options.profile / f"prefill{tokens}", scopes,
+            )
+        except (RuntimeError, OSError, ValueError):
+            continue
+        found["profile_ms"][f"prefill {tokens}"] = by_scope(operations, options.repeats)
     return found
 
 
@@ -295,6 +317,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=None)
     parser.add_argument("--compilation-cache-dir", default=None)
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="trace steps, named as in the source")
+    parser.add_argument("--profile-rows-max", type=int, default=1 << 20, metavar="N", help="traces no larger decodes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--json-line", action="store_true", help="the same in one line, for programs")
     parser.add_argument("--verbose", action="store_true")

@@ -44,7 +44,8 @@ def main() -> None:
             seconds = time.perf_counter() - began
         assert made.shape == (rows, options.prompt + options.tokens), made.shape
         rates[rows] = rows * options.tokens / seconds
-    print(json.dumps({"tokens_s": rates, "torch": torch.__version__, "transformers": transformers.__version__}))
+        found = {"tokens_s": rates, "torch": torch.__version__, "transformers": transformers.__version__}
+        print(json.dumps(found), flush=True)     # the last has all
 
 
 if __name__ == "__main__":

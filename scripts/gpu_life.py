@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One life of the engine as a server leads it, without HTTP or text: start, first token, generation; a line of JSON.
+"""One life of the engine as a server leads it, without HTTP or text: start, first token, generation; lines of JSON.
 
     python scripts/gpu_life.py --model FOLDER --config qwen3b.yaml --load-format dummy --compilation-cache-dir FOLDER
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,12 @@ def main() -> None:
     raw |= {name: value for name, value in (flag.split("=", 1) for flag in options.flag)}
     if options.compilation_cache_dir is not None:
         raw["compilation-cache-dir"] = options.compilation_cache_dir
-    print(json.dumps(life(raw, options.rows, options.prompt, options.tokens)))
+    for found in life(raw, options.rows, options.prompt, options.tokens):
+        print(json.dumps(found), flush=True)     # the last has all, the others what there is if no more comes
 
 
-def life(raw: dict[str, Any], rows: list[int], prompt: int, tokens: int) -> dict[str, Any]:
-    """Seconds of each part of the start, of the first token after it, and tokens a second by rows."""
+def life(raw: dict[str, Any], rows: list[int], prompt: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Seconds of each part of the start, of the first token after it, and tokens a second by rows, one by one."""
     config = serve_config(raw).engine
     began = time.perf_counter()
     engine = build_engine(config, progress=NoProgress())
@@ -52,10 +54,11 @@ def life(raw: dict[str, Any], rows: list[int], prompt: int, tokens: int) -> dict
             **{f"start_{name}_s": seconds for name, seconds in engine.report.seconds.items()},
             "programs": stats.compiled_count + stats.loaded_count, "compiled": stats.compiled_count,
             "page_count": engine.info.page_count, "rows_max": engine.info.row_count,
-            "tokens_s": {count: count * tokens / _generate(engine, count, prompt, tokens) for count in rows},
-            "compiled_after_ready": engine.stats.compiled_after_ready_count,
+            "tokens_s": {},
         }
-        return found | _memory()
+        for count in rows:
+            found["tokens_s"][count] = count * tokens / _generate(engine, count, prompt, tokens)
+            yield found | {"compiled_after_ready": engine.stats.compiled_after_ready_count} | _memory()
     finally:
         engine.close()
 
@@ -88,8 +91,9 @@ def _memory() -> dict[str, Any]:
 
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
+    fraction = os.environ.get("XLA_CLIENT_MEM_FRACTION", os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
     return {
-        "device": device.device_kind, "fraction": os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"),
+        "device": device.device_kind, "fraction": fraction,
         "limit_gib": stats.get("bytes_limit", 0) / 2**30, "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30,
     }
 

@@ -4,9 +4,10 @@
     PYTHONPATH=. python scripts/tune_kernels.py                     # measure, and write tuned/DEVICE/OP.json
     PYTHONPATH=. python scripts/tune_kernels.py --op paged_decode --head-dim 128 --page 16
 
-A trial is one size of blocks on some named cases, in a process of its own with a time limit: results must be those of
-XLA's form, else the size is out. The best has the least geometric mean of its times, relative to what would be taken
-without a file; the file keeps all times, versions and the date. Needs jax with CUDA, no server and no network.
+A trial is one size of blocks on some named cases, with a time limit, in a process that a fault replaces: results must
+be those of XLA's form, else the size is out. The best has the least geometric mean of its times, relative to what
+would be taken without a file; the file keeps all times, versions and the date. Needs jax with CUDA, no server and no
+network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from kernels_pallas.paged_prefill.api import QUANTIZED_HEAD_DIM_MAX
 from kernels_pallas.shapes import head_shape
 from scripts.bench_kernels import CASES, call_of
 from scripts.device_timing import chained_ms
+from scripts.part_process import answer
 from scripts.tuning import add_options, tune
 
 OPS = ("paged_decode", "paged_prefill")
@@ -137,10 +138,8 @@ def record(results: list[tuple[Trial, dict[str, Any]]], said: dict[str, str]) ->
 
 def main() -> int:
     options = _options()
-    if options.trial is not None:
-        given = json.loads(options.trial)
-        print(json.dumps(run(Trial(**given | {"blocks": Blocks(**given["blocks"])}))))
-        return 0
+    if options.answer:
+        return answer(lambda given: run(Trial(**given | {"blocks": Blocks(**given["blocks"])})))
     todo = list(trials(options.op, options.head_dim, options.page))
     if options.dry_run:
         for trial in todo:

@@ -4,16 +4,15 @@
     PYTHONPATH=. python scripts/tune_products.py                      # measure, and write tuned/DEVICE/OP.json
     PYTHONPATH=. python scripts/tune_products.py --op quantized_matmul --match awq
 
-A trial is one size of tiles on one named case, in a process of its own with a time limit: results must be those of
-XLA's form, else the size is out. The quickest is kept where the size that is taken without a file ran, too; the file
-keeps all times, versions and the date. Needs jax with CUDA, no server and no network.
+A trial is one size of tiles on one named case, with a time limit, in a process that a fault replaces: results must be
+those of XLA's form, else the size is out. The quickest is kept where the size that is taken without a file ran, too;
+the file keeps all times, versions and the date. Needs jax with CUDA, no server and no network.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -29,6 +28,7 @@ from kernels_pallas.quantized_matmul import sizes
 from scripts.bench_kernels import CASES, call_of
 from scripts.device_timing import chained_ms
 from scripts.gpu_parts import narrowed
+from scripts.part_process import answer
 from scripts.tuning import add_options, tune
 
 OPS = ("quantized_matmul", "eight_bit_matmul")
@@ -108,10 +108,8 @@ def record(results: list[tuple[Trial, dict[str, Any]]], said: dict[str, str]) ->
 
 def main() -> int:
     options = _options()
-    if options.trial is not None:
-        given = json.loads(options.trial)
-        print(json.dumps(run(Trial(**given | {"tiles": Tiles(**given["tiles"])}))))
-        return 0
+    if options.answer:
+        return answer(lambda given: run(Trial(**given | {"tiles": Tiles(**given["tiles"])})))
     todo = list(trials(options.op, options.match))
     if options.dry_run:
         print(*(trial.name for trial in todo), sep="\n")

@@ -32,6 +32,8 @@ logger = logging.getLogger("jaxserve.compile")
 COMPILED_EVENT = "/jax/core/compile/backend_compile_duration"
 SOURCES = ("runner", "models", "layers", "quantization", "sharding", "core/model_spec.py")  # what programs are made of
 
+UNTRIED = {"xla_gpu_autotune_level": 0}
+
 Executable = jax.stages.Compiled
 
 
@@ -109,7 +111,7 @@ class Compiler:
             *program.arguments
         )
         lowered_s = time.perf_counter()
-        executable = lowered.compile(compiler_options=self._options)
+        executable = self._compiled(lowered, program.name)
         compiled_s = time.perf_counter()
         self._count(compiled_count=1, lower_s=lowered_s - start_s, compile_s=compiled_s - lowered_s)
         logger.debug("%s: lowered in %.2f s, compiled in %.2f s", program.name, lowered_s - start_s,
@@ -117,6 +119,16 @@ class Compiler:
         if self._store is not None:
             self._save(key, program, executable)
         return executable
+
+    def _compiled(self, lowered: jax.stages.Lowered, name: str) -> Executable:
+        """A GPU tries kernels out while it compiles, in memory that a running server's pages may have taken."""
+        try:
+            return lowered.compile(compiler_options=self._options)
+        except jax.errors.JaxRuntimeError as error:
+            if self._devices[0].platform == "cpu":
+                raise
+            logger.warning("%s: compiled anew without trying kernels out: %s", name, str(error).partition("\n")[0])
+            return lowered.compile(compiler_options={**(self._options or {}), **UNTRIED})
 
     def _load(self, key: str, program: Program) -> Executable | None:
         assert self._store is not None

@@ -91,7 +91,7 @@ def rename(trace: dict[str, Any], scopes: Scopes) -> list[dict[str, Any]]:
     operations = [event for event in trace["traceEvents"] if "hlo_op" in event.get("args", {})]
     for event in operations:
         arguments = event["args"]
-        event["name"] = scopes.get((arguments["hlo_module"], arguments["hlo_op"]), event["name"])
+        event["name"] = scopes.get((arguments.get("hlo_module", ""), arguments["hlo_op"]), event["name"])
     return operations
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxserve.core.plan import StepLimits
 from jaxserve.core.progress import NoProgress
 from jaxserve.core.sampling_params import SamplingParams
 from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.compile import Compiler
 from jaxserve.runner.executable_store import ExecutableStore
 from jaxserve.runner.runner import Runner
 from tests.device.plans import Driver, Entry, complete
@@ -243,3 +245,26 @@ def test_the_store_forgets_what_is_longest_unused(tmp_path):
     assert store.load("k0") is not None, "which makes it the newest"
     store.save("k3", bytes(300))
     assert [store.load(f"k{index}") is not None for index in range(4)] == [True, False, True, True]
+
+
+def test_a_gpu_without_memory_to_try_kernels_in_compiles_without_trying():
+    asked = []
+
+    class Lowered:
+        def compile(self, compiler_options):
+            asked.append(compiler_options)
+            if len(asked) < 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return "executable"
+
+    for platform in ("gpu", "cpu"):
+        compiler = Compiler(None, (SimpleNamespace(platform=platform),))
+        asked.clear()
+        if platform == "gpu":
+            assert compiler._compiled(Lowered(), "forward") == "executable"
+            assert asked == [None, {"xla_gpu_autotune_level": 0}]
+        else:
+            with pytest.raises(jax.errors.JaxRuntimeError):
+                compiler._compiled(Lowered(), "forward")
+    options = {"xla_gpu_autotune_level": 0}     # one that this jax knows
+    assert jax.jit(lambda x: x + 1).lower(1).compile(compiler_options=options)(1) == 2

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
 
+from jaxserve.core.config import CacheConfig, EngineConfig, ModelConfig
 from jaxserve.core.errors import CapacityError, ConfigError
+from jaxserve.launch import _set_allocator
 from jaxserve.runner.buckets import Buckets, choose_buckets, holder
 from jaxserve.runner.memory import Budget, grant_pages, tightest
 from jaxserve.runner.start import plan_memory
@@ -186,3 +189,16 @@ def test_a_window_gets_what_it_can_hold_and_leaves_the_rest():
     slides = replace(spec, layers=(spec.layers[1],) * 2)
     assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=MIB).length_max == 4096
     assert grant(spec=slides, row_count=8, tokens_max=64, pool_bytes_wanted=2 * PAGE_BYTES).length_max == 32
+
+
+def test_what_the_user_gives_the_allocator_stands(monkeypatch):
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    config = EngineConfig(model=ModelConfig(model="m"), cache=CacheConfig(gpu_memory_utilization=0.7))
+    cases = (({}, [None, "0.7"]), ({names[0]: "0.5"}, ["0.5", None]), ({names[1]: "0.4"}, [None, "0.4"]))
+    for given, expected in cases:
+        for name in names:
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        _set_allocator(config)
+        assert [os.environ.get(name) for name in names] == expected

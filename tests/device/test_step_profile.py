@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.runner.trace import scopes_of
-from scripts.step_profile import _own_times, profiled
+from scripts.step_profile import OTHER, _own_times, busy_ms, by_scope, on_streams, profiled
 
 
 def _twice(x):
@@ -39,3 +39,27 @@ def test_an_operation_counts_without_those_inside_it():
     events = [event("loop", 0, 10), event("a", 1, 4), event("b", 5, 3), event("c", 6, 1), event("other", 2, 5, tid=2)]
     own = {event["name"]: own_us for event, own_us in _own_times(events)}
     assert own == {"loop": 3, "a": 4, "b": 2, "c": 1, "other": 5}
+
+
+def test_of_a_gpu_what_its_streams_ran_counts_once_named_or_not():
+    def named(kind, name, pid, tid=0):
+        return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+
+    def event(name, ts, dur, tid, pid=1, **args):
+        return {"ph": "X", "name": name, "ts": ts, "dur": dur, "pid": pid, "tid": tid, "args": args}
+
+    stream, ops, copies = 16, 17, 18
+    events = [
+        named("process_name", "/device:GPU:0", 1), named("process_name", "/host:CPU", 2),
+        named("thread_name", "Stream #16(Compute,Memset)", 1, stream), named("thread_name", "XLA Ops", 1, ops),
+        named("thread_name", "Stream #18(MemcpyD2H)", 1, copies), named("thread_name", "Stream #1", 2, 1),
+        event("layer_3/mlp", 0, 1000, stream, hlo_op="fusion", hlo_module="jit_layers"),
+        event("kernel_of_a_graph", 1000, 500, stream, correlation_id=7),
+        event("layer_3/mlp", 0, 1500, ops, hlo_op="fusion", hlo_module="jit_layers"),
+        event("MemcpyD2H", 1400, 300, copies), event("ThunkExecutor", 0, 9000, 1, pid=2, hlo_op="x", hlo_module="y"),
+    ]
+    ran = on_streams(events)
+    assert [one["name"] for one in ran] == ["layer_3/mlp", "kernel_of_a_graph", "MemcpyD2H"]
+    assert busy_ms(ran, 2) == 0.85
+    assert by_scope(ran, 1) == {"layers": {"mlp": 1.0}, OTHER: {"kernel_of_a_graph": 0.5, "MemcpyD2H": 0.3}}
+    assert on_streams([one for one in events if one["pid"] == 2]) == []
