@@ -135,8 +135,15 @@ def no_logprobs(count: int, alternatives: int) -> Logprobs:
 
 
 def is_finite(logits_BV: Array) -> Array:
-    """[B] False where a row holds NaN or +inf, or nothing but -inf: the maximum tells all three."""
-    return jnp.isfinite(vocab.row_max(logits_BV.astype(jnp.float32)))
+    """[B] False where a row holds NaN or +inf, or nothing but -inf. The maximum tells all three on GPUs; a CPU's vector
+    instructions let a NaN go by, depending on where it lies, so there they are looked for.
+    """
+    x_BV = logits_BV.astype(jnp.float32)
+
+    def by_maximum() -> Array:
+        return jnp.isfinite(vocab.row_max(x_BV))
+
+    return lax.platform_dependent(default=by_maximum, cpu=lambda: by_maximum() & ~vocab.has_nan(x_BV))
 
 
 def uniform(settings: RowSettings, position_B: Array, *, purpose: int, count: int) -> Array:

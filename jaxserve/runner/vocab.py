@@ -20,12 +20,17 @@ def blocks(x_BV: Array, fill: float, size: int = BLOCK) -> Array:
 
 
 def row_max(x_BV: Array) -> Array:
-    """[B] the maximum; NaN where the row holds one."""
+    """[B] the maximum. Where the row holds NaN, that on a GPU; on a CPU that or the maximum of the others."""
     return blocks(x_BV, -jnp.inf).max(-1).max(-1)
 
 
+def has_nan(x_BV: Array) -> Array:
+    """[B] whether the row holds NaN."""
+    return blocks(jnp.isnan(x_BV), False).any(-1).any(-1)
+
+
 def row_min(x_BV: Array) -> Array:
-    """[B] the minimum; NaN where the row holds one."""
+    """[B] the minimum; of NaN as `row_max`."""
     return blocks(x_BV, jnp.inf).min(-1).min(-1)
 
 

@@ -193,6 +193,18 @@ def test_sick_logits_are_reported():
     np.testing.assert_array_equal(got.is_finite_B, [True, False, False, False, True, True])
 
 
+@pytest.mark.parametrize(("count", "width"), [(1, 49152), (6, 300), (8, 1024), (16, 300)])
+def test_a_nan_is_reported_wherever_it_lies(count, width):
+    """Vector instructions of some CPUs take the other number for the larger one."""
+    rng = np.random.default_rng(count)
+    call = jax.jit(sampling.is_finite)
+    for _ in range(20):
+        x = rng.normal(size=(count, width)).astype(np.float32)
+        row = rng.integers(count)
+        x[row, rng.integers(width)] = np.nan
+        np.testing.assert_array_equal(call(x), np.arange(count) != row)
+
+
 def test_grouping_rows_changes_nothing():
     """On CPUs rows are worked on eight at a time, on GPUs all at once."""
     params = SamplingParams(top_p=0.9, logprobs=3)
