@@ -4,8 +4,8 @@
     python -m tests.kernels.simulator paged_prefill random-3
 
 The simulator starts a thread a warpgroup and a kernel that forgets an arrival waits for ever, so the caller sets the
-time limit. Slots that no token may see hold NaN. It lets copies begin anywhere; `watch_copies` does not. Prints one line
-of JSON: the largest error against the reference, whether every element is finite, whether any race was found.
+time limit. Slots that no token may see hold NaN. It lets copies begin anywhere; `watch_copies` does not. Prints one
+line of JSON: the largest error against the reference, whether every element is finite, whether any race was found.
 """
 
 from __future__ import annotations

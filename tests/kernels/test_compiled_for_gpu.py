@@ -53,7 +53,9 @@ def test_triton_refusals_name_everything_at_once() -> None:
     assert "pages of float16 beside values of bfloat16" in found
 
 
-@pytest.mark.parametrize(("pages", "is_refused"), [(1 << 19, False), (3 << 18, True), (1 << 20, True), (5 << 18, False)])
+@pytest.mark.parametrize(
+    ("pages", "is_refused"), [(1 << 19, False), (3 << 18, True), (1 << 20, True), (5 << 18, False)]
+)
 def test_triton_refuses_codes_whose_offsets_overflow(pages: int, *, is_refused: bool) -> None:
     code = jax.ShapeDtypeStruct((pages, 2, 16, 128), jnp.int8)
     pool = QuantizedPages(code, jax.ShapeDtypeStruct(code.shape[:3], jnp.float32))
