@@ -378,7 +378,7 @@ def _report(
         buckets=f"tokens {' '.join(map(str, buckets.tokens))} | rows {' '.join(map(str, buckets.rows))}",
         compiled=f"{stats.compiled_count} compiled, {stats.loaded_count} from the cache; the rest in the background",
         draft="" if draft_weights is None else _draft_line(config, setup, dtype, draft_weights),
-        quantization=weights.line, seconds=seconds,
+        attention=setup.attention or "", quantization=weights.line, seconds=seconds,
     )
 
 

@@ -30,6 +30,7 @@ class StartReport:
     tokens_max: int
     buckets: str
     compiled: str
+    attention: str = ""                         # the kernels that were named, or proved right and fastest here
     quantization: str = ""                      # how weights are packed, and how many
     draft: str = ""                             # the draft model and its share of weights and pages
     seconds: dict[str, float] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class StartReport:
             ("model", f"{self.model} ({self.family}, {self.parameter_count / 1e6:,.1f} M parameters, {self.dtype})"),
             ("devices", f"{self.devices}, mesh {self.mesh}"),
             ("weights", size(self.weight_bytes) + (f" ({self.quantization})" if self.quantization else "")),
+            *([("attention", self.attention)] if self.attention else []),
             ("step temporaries", size(self.temporary_bytes)),
             *((name, f"{size(count)}: {sizes}") for name, count, sizes in self.pools),
             *([("draft model", self.draft)] if self.draft else []),

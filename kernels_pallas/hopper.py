@@ -22,7 +22,7 @@ JAX_VERSION_MIN = (0, 11)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128)       # copies of smaller pages are many: their addresses spill the loader's registers
 GROUP_MAX = 64
-MULTIPROCESSORS = 132                # of an H100 SXM and an H200: one resident program each
+MULTIPROCESSORS = 132                # of an H100 SXM and an H200, where the device itself cannot be asked
 SCALE_BYTES = 4                      # of a slot and head at most
 SHARED_BYTES_MAX = 208 * 1024        # of the 227 KiB a program may have; the rest is for barriers and reductions
 PROGRAM_BYTES_MAX = 226 * 1024       # with all that a kernel holds beside its rings, barriers left out
@@ -42,6 +42,14 @@ LATENT_COLUMNS = 64                  # of a tile of shared memory; either warpgr
 CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
 
+def multiprocessors() -> int:
+    """Of the device that is compiled for: as many programs are resident, one each."""
+    if getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is not None:
+        return MULTIPROCESSORS
+    device = jax.devices()[0]
+    return getattr(device, "core_count", MULTIPROCESSORS) if device.platform == "gpu" else MULTIPROCESSORS
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
     """Sizes of a product's programs.
@@ -56,7 +64,7 @@ class Tiles:
     rows: int
     warpgroups: int
     stages: int
-    programs: int = MULTIPROCESSORS
+    programs: int = dataclasses.field(default_factory=multiprocessors)
 
     @property
     def outs(self) -> int:
@@ -76,7 +84,7 @@ class Blocks:
 
     context: int
     stages: int
-    programs: int = MULTIPROCESSORS
+    programs: int = dataclasses.field(default_factory=multiprocessors)
 
 
 def refusals(q_TNH: Array, k_PKSH: Pages, quantized_head_dim_max: int = HEAD_DIMS[-1], tokens: int = 1) -> list[str]:

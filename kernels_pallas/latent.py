@@ -70,7 +70,7 @@ class Options:
     tokens: int
     value_dim: int
     scale: float
-    programs: int = hopper.MULTIPROCESSORS
+    programs: int
     stages: int = hopper.LATENT_STAGES
 
     @property
@@ -94,7 +94,7 @@ def options_of(heads: int, *, tokens: int, value_dim: int, scale: float, program
     heads = -(-heads // 8) * 8 if heads <= ROWS else -(-heads // ROWS) * ROWS
     return Options(
         heads=heads, tokens=max(1, min(tokens, ROWS // heads)), value_dim=value_dim, scale=scale,
-        programs=programs or hopper.MULTIPROCESSORS,
+        programs=programs or hopper.multiprocessors(),
     )
 
 

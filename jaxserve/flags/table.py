@@ -126,8 +126,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("batch-invariant", "compilation", "bool",
          "bfloat16 results equal to the bit whatever else is computed; one stream is slower. CPU only so far"),
     Flag("attention-backend", "compilation", "text",
-         "xla: any device; native: this CPU's kernels; mosaic_gpu: Hopper's; triton: Ampere's and later (neither has "
-         "run on a GPU yet); auto: native where it serves, else xla. What cannot serve the model is refused at start",
+         "xla: any device; native: this CPU's kernels; mosaic_gpu: Hopper's; triton: Ampere's and later; auto: native "
+         "on a CPU that it serves, on a GPU whoever is right and fastest there when tried, else xla. What cannot serve "
+         "the model is refused at start",
          choices=get_args(AttentionBackend)),
     Flag("quantization-backend", "compilation", "text",
          "who multiplies packed weights, named as in attention-backend; experts' are always xla's. auto: native where "

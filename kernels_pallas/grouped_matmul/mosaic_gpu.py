@@ -44,7 +44,7 @@ class _Tiles(NamedTuple):
 
 
 def grouped_matmul(
-    x_TI: Array, weight_EOI: Array, count_E: Array, *, rows: int | None = None, programs: int = hopper.MULTIPROCESSORS,
+    x_TI: Array, weight_EOI: Array, count_E: Array, *, rows: int | None = None, programs: int | None = None,
     interpret: Any = None,
 ) -> Array:
     """See `api.grouped_matmul`. `rows` overrides those of a tile, `interpret` runs the simulator."""
@@ -52,7 +52,8 @@ def grouped_matmul(
     rows = rows or next((size for size in ROWS if size * E >= T), ROWS[-1])
     tiles = lax.optimization_barrier(_tiles(count_E, T, rows))     # else each number gathered computes them anew
     with jax.named_scope("grouped_matmul"):
-        out_WBRC = _multiply(x_TI.at[tiles.row_WR].get(mode="clip"), weight_EOI, tiles, programs, interpret)
+        x_WRI = x_TI.at[tiles.row_WR].get(mode="clip")
+        out_WBRC = _multiply(x_WRI, weight_EOI, tiles, programs or hopper.multiprocessors(), interpret)
         return out_WBRC[tiles.tile_T, :, tiles.place_T].reshape(T, width_out)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -123,3 +124,11 @@ def test_blocks_fit_into_shared_memory(group: int, head_dim: int, is_quantized: 
     queries = (group or 128) * head_dim * 2
     assert ring + queries + group * blocks.context * 2 <= 226 * 1024 < 227 * 1024
     assert ring + (0 if group else queries) <= hopper.SHARED_BYTES_MAX
+
+
+def test_programs_are_as_many_as_the_device_has_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 PCIe has 114 and an H20 78; without a device those of an H100 SXM and an H200 are assumed."""
+    assert hopper.multiprocessors() == 132 == hopper.Blocks(context=64, stages=2).programs
+    device = SimpleNamespace(platform="gpu", core_count=78, device_kind="NVIDIA H20")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert hopper.Tiles(rows=8, warpgroups=1, stages=2).programs == 78
