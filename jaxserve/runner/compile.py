@@ -111,24 +111,26 @@ class Compiler:
             *program.arguments
         )
         lowered_s = time.perf_counter()
-        executable = self._compiled(lowered, program.name)
+        executable, is_tried = self._compiled(lowered, program.name)
         compiled_s = time.perf_counter()
         self._count(compiled_count=1, lower_s=lowered_s - start_s, compile_s=compiled_s - lowered_s)
         logger.debug("%s: lowered in %.2f s, compiled in %.2f s", program.name, lowered_s - start_s,
                      compiled_s - lowered_s)
-        if self._store is not None:
+        if self._store is not None and is_tried:
             self._save(key, program, executable)
         return executable
 
-    def _compiled(self, lowered: jax.stages.Lowered, name: str) -> Executable:
-        """A GPU tries kernels out while it compiles, in memory that a running server's pages may have taken."""
+    def _compiled(self, lowered: jax.stages.Lowered, name: str) -> tuple[Executable, bool]:
+        """The executable, and whether it is the best that can be had: a GPU tries kernels out while it compiles, in
+        memory that a running server's pages may have taken.
+        """
         try:
-            return lowered.compile(compiler_options=self._options)
+            return lowered.compile(compiler_options=self._options), True
         except jax.errors.JaxRuntimeError as error:
             if self._devices[0].platform == "cpu":
                 raise
             logger.warning("%s: compiled anew without trying kernels out: %s", name, str(error).partition("\n")[0])
-            return lowered.compile(compiler_options={**(self._options or {}), **UNTRIED})
+            return lowered.compile(compiler_options={**(self._options or {}), **UNTRIED}), False
 
     def _load(self, key: str, program: Program) -> Executable | None:
         assert self._store is not None

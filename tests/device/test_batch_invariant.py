@@ -16,10 +16,10 @@ from tests.device.tiny import prompt_of, tiny_config, tiny_mesh, tiny_params, ti
 
 
 @pytest.fixture(scope="module", params=[None, pytest.param(6, marks=pytest.mark.slow)], ids=["one group", "two groups"])
-def runner(request, tmp_path_factory):
+def runner(request, compile_cache):
     spec = tiny_spec(window=request.param)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_params(spec, seed=5))
-    config = tiny_config(store=tmp_path_factory.mktemp("store"), pages=18)
+    config = tiny_config(store=compile_cache, pages=18)
     config = replace(config, compilation=replace(config.compilation, batch_invariant=True))
     setup = plan_memory(spec=spec, params=params, mesh=tiny_mesh(), dtype=jnp.dtype(jnp.bfloat16), config=config)
     least = 3 if native.refusals() else 1

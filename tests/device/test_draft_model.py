@@ -51,8 +51,8 @@ def make_runner(store, draft_seed: int, draft_layers: int = 2) -> Runner:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return tmp_path_factory.mktemp("store")
+def store(compile_cache):
+    return compile_cache
 
 
 @pytest.fixture(scope="module")

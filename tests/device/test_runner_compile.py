@@ -261,7 +261,7 @@ def test_a_gpu_without_memory_to_try_kernels_in_compiles_without_trying():
         compiler = Compiler(None, (SimpleNamespace(platform=platform),))
         asked.clear()
         if platform == "gpu":
-            assert compiler._compiled(Lowered(), "forward") == "executable"
+            assert compiler._compiled(Lowered(), "forward") == ("executable", False), "which no later start shall take"
             assert asked == [None, {"xla_gpu_autotune_level": 0}]
         else:
             with pytest.raises(jax.errors.JaxRuntimeError):

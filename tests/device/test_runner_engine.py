@@ -30,11 +30,11 @@ TURNS_MAX = 2000
 
 
 @pytest.fixture(scope="module", params=[None, 6], ids=["one group", "two groups"])
-def served(request, tmp_path_factory):
+def served(request, compile_cache):
     """Model, runner, requests and their outputs alone."""
     spec = tiny_spec(window=request.param)
     params = tiny_params(spec, seed=5)
-    config = tiny_config(store=tmp_path_factory.mktemp("store"), pages=18)
+    config = tiny_config(store=compile_cache, pages=18)
     runner = tiny_runner(spec, params, config, Buckets(tokens=(8, 32), rows=(8,)))
     shared = prompt_of(13, 100)
     requests = [

@@ -29,10 +29,10 @@ def model(request):
 
 
 @pytest.fixture(scope="module")
-def runner(model, tmp_path_factory):
+def runner(model, compile_cache):
     spec, params = model
     runner = tiny_runner(
-        spec, params, tiny_config(store=tmp_path_factory.mktemp("store")), Buckets(tokens=(2, 32), rows=(2, 8))
+        spec, params, tiny_config(store=compile_cache), Buckets(tokens=(2, 32), rows=(2, 8))
     )
     yield runner
     runner.close()

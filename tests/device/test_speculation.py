@@ -21,9 +21,9 @@ PROMPTS = [[*prompt_of(4, 1)] * 4, prompt_of(9, 2), [5, 6] * 6, prompt_of(3, 3)]
 
 
 @pytest.fixture(scope="module", params=[None, 6], ids=["one group", "two groups"])
-def runner(request, tmp_path_factory):
+def runner(request, compile_cache):
     spec = tiny_spec(window=request.param)
-    config = tiny_config(store=tmp_path_factory.mktemp("store"), pages=64)
+    config = tiny_config(store=compile_cache, pages=64)
     runner = tiny_runner(spec, tiny_params(spec, seed=5), config, Buckets(tokens=(8, 32), rows=(8,)))
     yield runner
     runner.close()
