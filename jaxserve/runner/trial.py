@@ -146,7 +146,7 @@ def _xla_ms(finding: Finding) -> float:
 
 def run_in_process(name: str, layers: tuple[AttentionLayer, ...], *, timeout_s: float = TRIAL_S_MAX) -> Outcome:
     """One candidate in a process of its own."""
-    command = [sys.executable, "-m", "jaxserve.runner.trial_step", name]
+    command = [sys.executable, "-m", "jaxserve.runner.trial_step", name, str(timeout_s)]
     try:
         done = subprocess.run(
             command, input=json.dumps([asdict(layer) for layer in layers]), capture_output=True, text=True,

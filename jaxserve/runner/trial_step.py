@@ -1,14 +1,16 @@
 """One implementation of attention on this device: is it right beside XLA's, and how long does it take?
 
-`python -m jaxserve.runner.trial_step NAME` reads layers (JSON of `AttentionLayer`, a list) from stdin, runs steps of
-each through `layers.paged.attend`, as a model does, and prints one JSON list of findings as its last line. A process of
-its own, for `runner.trial`: what hangs or breaks the device here ends with it.
+`python -m jaxserve.runner.trial_step NAME SECONDS` reads layers (JSON of `AttentionLayer`, a list) from stdin, runs
+steps of each through `layers.paged.attend`, as a model does, and prints one JSON list of findings as its last line. A
+process of its own, for `runner.trial`: what hangs or breaks the device here ends with it, after SECONDS even if nobody
+waits.
 Invariant: slots that no token may see hold NaN, so an implementation that looks at one is found out.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -200,7 +202,8 @@ def milliseconds(attend: Callable[..., tuple[Array, LayerKv]], arrays: tuple[Any
 
 
 def main() -> int:
-    implementation, asked = sys.argv[1], json.load(sys.stdin)
+    implementation, seconds, asked = sys.argv[1], float(sys.argv[2]), json.load(sys.stdin)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         print(json.dumps([asdict(find(implementation, AttentionLayer(**layer))) for layer in asked]))
     except Exception as error:      # whatever a device says; the last line is what people see of it

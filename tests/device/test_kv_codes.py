@@ -43,7 +43,8 @@ as_it_is = functools.cache(scored)     # once for both kinds of codes
 
 
 @pytest.mark.parametrize(("folder", "asked", "limit", "limit_each"), [
-    pytest.param(LLAMA, "int8", 0.04, 0.25, id="llama-int8"), pytest.param(LLAMA, "fp8", 0.2, 1.3, id="llama-fp8"),
+    pytest.param(LLAMA, "int8", 0.04, 0.25, id="llama-int8"),
+    pytest.param(LLAMA, "fp8", 0.2, 1.3, id="llama-fp8", marks=pytest.mark.slow),
     pytest.param(GEMMA, "int8", 0.01, 0.04, id="gemma3-int8", marks=pytest.mark.slow),
     pytest.param(GEMMA, "fp8_e4m3", 0.05, 0.25, id="gemma3-fp8"),
     pytest.param(LATENT, "int8", 0.04, 0.3, id="latent-int8"),

@@ -20,7 +20,7 @@ NGRAM = NgramSpeculation(SpeculativeConfig(num_speculative_tokens=3, prompt_look
 PROMPTS = [[*prompt_of(4, 1)] * 4, prompt_of(9, 2), [5, 6] * 6, prompt_of(3, 3)]
 
 
-@pytest.fixture(scope="module", params=[None, 6], ids=["one group", "two groups"])
+@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.slow), 6], ids=["one group", "two groups"])
 def runner(request, compile_cache):
     spec = tiny_spec(window=request.param)
     config = tiny_config(store=compile_cache, pages=64)
