@@ -44,9 +44,9 @@ CONTEXTS = (64, 128, 192, 256)       # rows of a wgmma, once to four times
 
 def multiprocessors() -> int:
     """Of the device that is compiled for: as many programs are resident, one each."""
-    if getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None) is not None:
-        return MULTIPROCESSORS
     device = jax.devices()[0]
+    if target_kind() != device.device_kind:
+        return MULTIPROCESSORS
     return getattr(device, "core_count", MULTIPROCESSORS) if device.platform == "gpu" else MULTIPROCESSORS
 
 

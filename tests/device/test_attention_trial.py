@@ -142,6 +142,17 @@ def test_the_fastest_that_is_right_serves(outcomes: dict[str, Outcome], chosen: 
     assert name == chosen and said in why
 
 
+def test_no_layer_hides_behind_another() -> None:
+    sick = replace(RIGHT, error=float("nan"))
+    for findings in ((RIGHT, sick), (sick, RIGHT), (RIGHT, WRONG)):
+        assert trial.judge((LAYER, LAYER), {"a": Outcome(findings=findings)})[0] is None
+
+
+def test_a_trial_takes_little_memory() -> None:
+    many = replace(LAYER, kv_head_count=32, head_count=32, head_dim=128)
+    assert trial_step.decodes(LAYER).decodes == 64 and trial_step.decodes(many).decodes == 8
+
+
 def test_layers_count_as_often_as_they_are() -> None:
     """Fast in one layer and slow in nine is slow."""
     layers = (replace(LAYER, layers=1), replace(LAYER, layers=9, window=20))
@@ -167,7 +178,9 @@ def test_what_was_found_is_kept_and_what_may_end_otherwise_is_not(
     assert trial.fastest(setup, answering(out_of_memory)) is None
     assert trial.fastest(setup, answering(Outcome(findings=(RIGHT,)))) == "triton"
     assert trial.fastest(setup, answering(Outcome(failure="unasked"))) == "triton" and tried == ["triton"] * 2
+    monkeypatch.setattr(trial, "serves", lambda *_: True)
     assert trial.fastest(replace(setup, kv_codes="int8"), answering(Outcome(failure="hung"))) is None, "another key"
+    assert tried[2:] == ["mosaic_gpu"]
 
 
 def test_processes_answer_or_die_and_never_take_the_start_along() -> None:
@@ -176,7 +189,8 @@ def test_processes_answer_or_die_and_never_take_the_start_along() -> None:
     (found,) = trial.run_in_process("xla", (layer,)).findings
     assert found.error == 0 and found.ms > 0 and found.xla_ms > 0
     dead = trial.run_in_process("mosaic_gpu", (layer,))
-    assert "failed: NoImplementationError: paged_decode: no impl" in dead.failure and not dead.is_final
+    assert "failed (exit status 1): NoImplementationError: paged_decode: no impl" in dead.failure
+    assert not dead.is_final, "the process found no GPU"
     late = trial.run_in_process("xla", (layer,), timeout_s=0.01)
     assert late.failure == "took longer than 0 s" and late.is_final
     orphan = subprocess.run(
